@@ -1,0 +1,1 @@
+//! The agent: owns devices, carries out decisions, serves the API, keeps the ledger

@@ -1,0 +1,1 @@
+//! Port plus backend: in-flight table, pause, handover, swap; the data-plane thread

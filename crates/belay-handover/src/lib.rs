@@ -1,0 +1,1 @@
+//! The decisions without I/O: handover, remote session, exchange

@@ -1,0 +1,1 @@
+//! Mutually authenticated connections between agents

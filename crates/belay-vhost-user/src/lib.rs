@@ -1,0 +1,1 @@
+//! vhost-user back-end protocol server: VMM messages to started and stopped queues

@@ -1,0 +1,1 @@
+//! VMM driver: QMP, VM specifications, QEMU command lines

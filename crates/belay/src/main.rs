@@ -1,0 +1,2 @@
+//! The belay command
+fn main() {}

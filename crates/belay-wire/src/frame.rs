@@ -290,7 +290,7 @@ mod tests {
             if ours {
                 bytes[0..4].copy_from_slice(&MAGIC.to_le_bytes());
                 bytes[4] = FRAME_VERSION;
-                bytes[5] = bytes[5] % 20;
+                bytes[5] %= 20;
             }
             let mut all = [0; HEADER_BYTES];
             all[..32].copy_from_slice(&bytes);

@@ -1,1 +1,14 @@
-//! Port plus backend: in-flight table, pause, handover, swap; the data-plane thread
+//! A device on this host: port plus backend, joined by a table of requests in flight, on one thread.
+//!
+//! The thread owns everything of its device: the VMM's socket and queues, the backend, the connections to other
+//! agents, and one io_uring that they share. It carries out what the machines of `belay-handover` decide. The
+//! control plane reaches it through a [`DeviceHandle`] only.
+
+mod conn;
+mod handle;
+mod stats;
+mod thread;
+
+pub use conn::PeerSocket;
+pub use handle::{Command, DeviceConfig, DeviceHandle, ExchangeOptions, LinkTimes, Notice, Role};
+pub use stats::{ExchangeProgress, Latency, Snapshot};

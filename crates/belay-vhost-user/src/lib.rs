@@ -17,11 +17,19 @@
 //! Only split rings are served. Guest memory is shared with a guest that may change it at any time: it is reached
 //! only through raw pointers and atomics, never through Rust references.
 
+mod bell;
 mod chain;
 mod connection;
 mod error;
+mod inflight;
+mod log;
+mod mapping;
 mod memory;
+mod message;
+mod requests;
 mod ring;
+mod socket;
+mod walk;
 
 pub use chain::{Chain, Piece};
 pub use connection::{Connection, Event, Marked, Offer};

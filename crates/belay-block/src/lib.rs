@@ -6,6 +6,7 @@
 
 pub mod backend;
 pub mod op;
+pub mod virtio;
 
 pub use backend::{Backend, BackendInfo, Done};
 pub use op::{Buf, IoVec, Op, OpId, OpKind, Status};

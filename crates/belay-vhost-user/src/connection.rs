@@ -229,9 +229,13 @@ impl Connection {
             let fds = message.fds.len();
             return Err(ConnectionError::Malformed(format!("request {request} with {fds} descriptors")));
         }
-        message.need_reply &= self.protocol.contains(ProtocolFeatures::REPLY_ACK);
+        let asked = message.need_reply;
+        message.need_reply = asked && self.protocol.contains(ProtocolFeatures::REPLY_ACK);
         tracing::trace!(request = name, need_reply = message.need_reply, "vhost-user request");
-        match self.handle(&mut message) {
+        let outcome = self.handle(&mut message);
+        // The very request that negotiates replies may ask for one.
+        message.need_reply = asked && self.protocol.contains(ProtocolFeatures::REPLY_ACK);
+        match outcome {
             Ok(Answer::Reply(payload, fd)) => {
                 self.socket.reply(request, &payload, fd.as_ref().map(AsFd::as_fd))?;
             }

@@ -237,3 +237,166 @@ pub fn install_certificate(directory: &Path, certificate_pem: &str) -> Result<Id
     files::write(&path, certificate_pem)?;
     Identity::load(directory)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use time::Duration;
+
+    use super::*;
+    use crate::authority::{init, init_at, renew};
+    use crate::{Authority, known_hosts};
+
+    fn host(name: &str) -> HostName {
+        HostName::new(name).unwrap()
+    }
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
+
+    fn set_mode(path: &Path, mode: u32) {
+        fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn new_cluster_is_complete_and_private() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = parent.path().join("a/pki");
+        let made = init(&directory, &host("host-a")).unwrap();
+        let loaded = Identity::load(&directory).unwrap();
+        assert_eq!(loaded.host(), &host("host-a"));
+        assert_eq!(loaded.cluster(), made.cluster());
+        let years = (loaded.not_after() - OffsetDateTime::now_utc()).whole_days();
+        assert!((725..=731).contains(&years), "{years} days");
+        assert_eq!(mode(&directory), 0o700);
+        for entry in fs::read_dir(&directory).unwrap() {
+            let path = entry.unwrap().path();
+            assert_eq!(mode(&path), 0o600, "{}", path.display());
+            assert_ne!(path.extension().unwrap_or_default(), "new", "a temporary file was left");
+        }
+        assert_eq!(known_hosts(&directory).unwrap()[0].name, host("host-a"));
+    }
+
+    #[test]
+    fn second_init_is_refused_and_changes_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        init(directory.path(), &host("host-a")).unwrap();
+        let before = fs::read(directory.path().join(CA_KEY)).unwrap();
+        let error = init(directory.path(), &host("host-b")).unwrap_err();
+        assert!(matches!(error, PkiError::AlreadyEnrolled { .. }), "{error}");
+        assert_eq!(fs::read(directory.path().join(CA_KEY)).unwrap(), before);
+    }
+
+    #[test]
+    fn host_without_identity_is_told_what_to_run() {
+        let directory = tempfile::tempdir().unwrap();
+        for path in [directory.path().to_owned(), directory.path().join("none")] {
+            let error = Identity::load(&path).unwrap_err();
+            assert!(matches!(error, PkiError::NotEnrolled { .. }), "{error}");
+            let text = error.to_string();
+            assert!(text.contains("belay host init") && text.contains("belay host join"), "{text}");
+        }
+    }
+
+    #[test]
+    fn keys_that_others_may_read_are_refused() {
+        for name in [HOST_KEY, CA_KEY] {
+            let directory = tempfile::tempdir().unwrap();
+            init(directory.path(), &host("host-a")).unwrap();
+            set_mode(&directory.path().join(name), 0o640);
+            let error = Identity::load(directory.path()).unwrap_err();
+            assert!(matches!(&error, PkiError::Permissions { mode: 0o640, wanted: 0o600, .. }), "{error}");
+            assert!(error.to_string().contains("chmod 600"), "{error}");
+        }
+    }
+
+    #[test]
+    fn directory_that_others_may_write_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        init(directory.path(), &host("host-a")).unwrap();
+        set_mode(directory.path(), 0o770);
+        let error = Identity::load(directory.path()).unwrap_err();
+        assert!(matches!(&error, PkiError::Permissions { mode: 0o770, .. }), "{error}");
+    }
+
+    #[test]
+    fn certificate_outside_its_time_is_refused_with_the_date() {
+        let directory = tempfile::tempdir().unwrap();
+        let identity = init(directory.path(), &host("host-a")).unwrap();
+        let end = identity.not_after();
+        let error = Identity::load_at(directory.path(), end + Duration::SECOND).unwrap_err();
+        assert!(matches!(error, PkiError::Expired { .. }), "{error}");
+        assert!(error.to_string().contains(&end.year().to_string()), "{error}");
+        let error =
+            Identity::load_at(directory.path(), OffsetDateTime::now_utc() - Duration::DAY).unwrap_err();
+        assert!(matches!(error, PkiError::NotYetValid { .. }), "{error}");
+        Identity::load_at(directory.path(), OffsetDateTime::now_utc() - Duration::minutes(50)).unwrap();
+    }
+
+    #[test]
+    fn parts_that_do_not_belong_together_are_refused() {
+        for name in [HOST_KEY, HOST_CERTIFICATE, CA_CERTIFICATE] {
+            let (ours, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            init(ours.path(), &host("host-a")).unwrap();
+            init(other.path(), &host("host-a")).unwrap();
+            fs::copy(other.path().join(name), ours.path().join(name)).unwrap();
+            let error = Identity::load(ours.path()).unwrap_err();
+            assert!(matches!(error, PkiError::Unusable { .. }), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn damaged_files_are_refused_by_name() {
+        for name in [HOST_KEY, HOST_CERTIFICATE, CA_CERTIFICATE] {
+            let directory = tempfile::tempdir().unwrap();
+            init(directory.path(), &host("host-a")).unwrap();
+            let path = directory.path().join(name);
+            fs::write(&path, "-----BEGIN NONSENSE-----\n").unwrap();
+            set_mode(&path, 0o600);
+            let error = Identity::load(directory.path()).unwrap_err();
+            assert!(error.to_string().contains(name), "{error}");
+        }
+    }
+
+    #[test]
+    fn expired_certificate_is_renewed_by_the_authority_with_the_same_key() {
+        let directory = tempfile::tempdir().unwrap();
+        init_at(directory.path(), &host("host-a"), OffsetDateTime::now_utc() - Duration::days(800)).unwrap();
+        let key = fs::read(directory.path().join(HOST_KEY)).unwrap();
+        assert!(matches!(Identity::load(directory.path()), Err(PkiError::Expired { .. })));
+        let renewed = renew(directory.path()).unwrap();
+        assert!(renewed.not_after() > OffsetDateTime::now_utc() + Duration::days(700));
+        assert_eq!(fs::read(directory.path().join(HOST_KEY)).unwrap(), key);
+    }
+
+    #[test]
+    fn renewed_certificate_of_another_host_or_key_is_not_installed() {
+        let (ours, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        init(ours.path(), &host("host-a")).unwrap();
+        init(other.path(), &host("host-a")).unwrap();
+        let authority = Authority::open(ours.path()).unwrap();
+        let request = renewal_request(ours.path()).unwrap();
+        let foreign_request = renewal_request(other.path()).unwrap();
+        let before = fs::read(ours.path().join(HOST_CERTIFICATE)).unwrap();
+        for (name, request) in [("host-b", &request), ("host-a", &foreign_request)] {
+            let certificate = authority.sign_renewal(&host(name), request).unwrap();
+            assert!(install_certificate(ours.path(), &certificate).is_err());
+        }
+        assert!(install_certificate(ours.path(), "garbage").is_err());
+        assert_eq!(fs::read(ours.path().join(HOST_CERTIFICATE)).unwrap(), before);
+    }
+
+    #[test]
+    fn request_that_is_none_is_not_signed() {
+        let directory = tempfile::tempdir().unwrap();
+        init(directory.path(), &host("host-a")).unwrap();
+        let authority = Authority::open(directory.path()).unwrap();
+        let own = fs::read_to_string(directory.path().join(HOST_CERTIFICATE)).unwrap();
+        for text in ["", "garbage", own.as_str()] {
+            assert!(authority.sign_renewal(&host("host-b"), text).is_err(), "{text:?}");
+        }
+    }
+}

@@ -4,11 +4,19 @@
 //! agents, and one io_uring that they share. It carries out what the machines of `belay-handover` decide. The
 //! control plane reaches it through a [`DeviceHandle`] only.
 
+mod client;
 mod conn;
+mod device;
+mod exchange;
 mod handle;
+mod handover;
+mod port;
+mod requests;
+mod serve;
 mod stats;
 mod thread;
 
 pub use conn::PeerSocket;
+pub use device::BACKEND_OWNER;
 pub use handle::{Command, DeviceConfig, DeviceHandle, ExchangeOptions, LinkTimes, Notice, Role};
 pub use stats::{ExchangeProgress, Latency, Snapshot};

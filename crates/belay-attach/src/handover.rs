@@ -1,0 +1,335 @@
+//! Carries out what the handover's machines decide.
+
+use std::time::Instant;
+
+use belay_block::Buf;
+use belay_handover::handover::{
+    Destination, DestinationAction, DestinationEvent, RingStart, Source, SourceAction, SourceEvent,
+};
+use belay_wire::control::Channel;
+use belay_wire::{Epoch, FrameKind, Header, InflightList, QueueBase, QueueIndex, Refusal};
+
+use crate::client::{Client, RemoteKind, RemoteOwner, RemoteRequest};
+use crate::device::{Device, Serving};
+use crate::handle::{Notice, Role};
+use crate::port::Start;
+use crate::stats::since;
+
+/// The machine of whichever side this host is on.
+pub(crate) enum Handover {
+    /// This host has the backing: the guest is here, or was.
+    Source(Source),
+    /// The guest may come.
+    Destination(Destination),
+    /// The guest is here, the backing elsewhere.
+    Remote,
+}
+
+impl Handover {
+    /// The machine, the client and the borrower of a device that starts in this role.
+    pub(crate) fn of_role(role: Role, epoch: Epoch) -> (Self, Option<Client>, Option<String>) {
+        match role {
+            Role::Local => (Self::Source(Source::serving(epoch)), None, None),
+            Role::Lent { to } => (Self::Source(Source::granted(to.clone(), epoch)), None, Some(to)),
+            Role::Successor { from } => {
+                (Self::Destination(Destination::prepared(epoch)), Some(Client::new(from)), None)
+            }
+            Role::Remote { backing } => (Self::Remote, Some(Client::new(backing)), None),
+        }
+    }
+}
+
+/// A claim that has not been answered.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OpenClaim {
+    pub(crate) since: Instant,
+    pub(crate) in_flight: u64,
+}
+
+impl Device {
+    /// Whom this host serves now.
+    pub(crate) fn serving(&self) -> Serving {
+        match &self.handover {
+            _ if self.retired => Serving::Nobody,
+            Handover::Source(source) if source.may_serve() => Serving::Guest,
+            Handover::Source(_) => Serving::Nobody,
+            Handover::Destination(destination) if destination.has_claimed() => Serving::Guest,
+            Handover::Destination(_) => Serving::Successor,
+            Handover::Remote => Serving::Guest,
+        }
+    }
+
+    pub(crate) fn state_name(&self) -> &'static str {
+        if self.retired {
+            return "retired";
+        }
+        if let Some(exchange) = &self.exchange {
+            return exchange.name();
+        }
+        match &self.handover {
+            Handover::Source(source) => source.name(),
+            Handover::Destination(destination) => destination.name(),
+            Handover::Remote => "remote",
+        }
+    }
+
+    /// The host that this device is offered to.
+    pub(crate) fn offered_to(&self) -> Option<&str> {
+        match &self.handover {
+            Handover::Source(source) => source.successor(),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn is_successor(&self) -> bool {
+        matches!(&self.handover, Handover::Destination(destination) if !destination.is_attached())
+    }
+
+    /// The epoch of requests to the backing.
+    pub(crate) fn request_epoch(&self) -> Epoch {
+        match &self.handover {
+            Handover::Destination(destination) => destination.epoch(),
+            _ => self.epoch,
+        }
+    }
+
+    /// Whether requests may go to the backing: from the claim on.
+    pub(crate) fn may_send_requests(&self) -> bool {
+        match &self.handover {
+            Handover::Destination(destination) => destination.has_claimed(),
+            _ => true,
+        }
+    }
+
+    // --- source ---
+
+    fn source_event(&mut self, event: SourceEvent) -> Result<(), Refusal> {
+        let Handover::Source(source) = &self.handover else { return Err(Refusal::WrongState) };
+        let (next, actions) = source.clone().handle(event);
+        tracing::debug!(device = %self.identity.name, state = next.name(), ?actions, "handover");
+        self.handover = Handover::Source(next);
+        let mut outcome = Ok(());
+        for action in actions {
+            outcome = outcome.and(self.source_action(action));
+        }
+        outcome
+    }
+
+    fn source_action(&mut self, action: SourceAction) -> Result<(), Refusal> {
+        match action {
+            SourceAction::SendList(list) => self.to_successor(Header::new(FrameKind::List), &list.encode()),
+            SourceAction::RevokeList => self.to_successor(Header::new(FrameKind::ListRevoked), &[]),
+            SourceAction::Fence => {}
+            SourceAction::Unfence => self.start_waiting_rings(),
+            SourceAction::PersistGrant { to, epoch } => {
+                let in_flight = self.requests.live() as u64;
+                self.notice(Notice::Claimed { by: to, epoch, in_flight });
+            }
+            SourceAction::Lend { to, epoch } => self.lend(&to, epoch),
+            SourceAction::SendGrant(epoch) => {
+                self.send_grant();
+                self.notice(Notice::Granted { epoch });
+            }
+            SourceAction::Refuse(refusal) => return Err(refusal),
+            SourceAction::Withdrawn => {
+                self.server.sessions.clear();
+                self.notice(Notice::Withdrawn);
+            }
+            SourceAction::WithdrawTooLate => self.notice(Notice::WithdrawTooLate),
+        }
+        Ok(())
+    }
+
+    fn to_successor(&mut self, mut header: Header, payload: &[u8]) {
+        header.epoch = self.epoch;
+        let now = self.now;
+        if let Some(session) = self.server.guest_session() {
+            // At once: the destination waits for nothing else.
+            let sent = session.conn.send(header, payload).and_then(|()| session.conn.flush(now));
+            if let Err(error) = sent {
+                tracing::warn!(device = %self.identity.name, %error, "the successor could not be told");
+            }
+        }
+    }
+
+    pub(crate) fn offer(&mut self, to: String) {
+        let _ = self.source_event(SourceEvent::Offer { to });
+    }
+
+    pub(crate) fn withdraw(&mut self) {
+        let _ = self.source_event(SourceEvent::Withdraw);
+    }
+
+    pub(crate) fn successor_opened(&mut self) {
+        let _ = self.source_event(SourceEvent::SuccessorOpened);
+    }
+
+    /// A successor's connection was lost: the list is kept, and sent again when it comes back.
+    pub(crate) fn successor_lost(&mut self) {}
+
+    pub(crate) fn claim(&mut self, by: String, epoch: Epoch) -> Result<(), Refusal> {
+        self.source_event(SourceEvent::Claim { by, epoch })
+    }
+
+    pub(crate) fn grant_durable(&mut self, epoch: Epoch) {
+        let _ = self.source_event(SourceEvent::GrantDurable(epoch));
+    }
+
+    pub(crate) fn grant_failed(&mut self, epoch: Epoch, reason: &str) {
+        tracing::error!(device = %self.identity.name, %epoch, reason, "the grant could not be written");
+        if let Err(refusal) = self.source_event(SourceEvent::GrantFailed(epoch)) {
+            let key =
+                self.server.guest_session().map(|session| session.id).and_then(|id| self.server.by_id(id));
+            if let Some(mut session) = key.and_then(|key| self.server.sessions.try_remove(key)) {
+                self.refuse(&mut session.conn, refusal);
+            }
+        }
+    }
+
+    /// The last running ring has stopped.
+    pub(crate) fn rings_all_stopped(&mut self) {
+        let list = self.inflight_list();
+        self.notice(Notice::RingsStopped { in_flight: list.requests.len() as u64 });
+        let _ = self.source_event(SourceEvent::RingsStopped(list));
+    }
+
+    /// A ring runs.
+    pub(crate) fn rings_started(&mut self) {
+        self.notice(Notice::RingsStarted);
+        let _ = self.source_event(SourceEvent::RingsStarted);
+    }
+
+    fn inflight_list(&self) -> InflightList {
+        let queues = self
+            .port
+            .queues
+            .iter()
+            .enumerate()
+            .filter_map(|(index, queue)| {
+                queue.stopped_at().map(|base| QueueBase { queue: QueueIndex(index as u16), base })
+            })
+            .collect();
+        InflightList { queues, requests: self.requests.list() }
+    }
+
+    /// Rings that the VMM started while they might not run.
+    fn start_waiting_rings(&mut self) {
+        for index in 0..self.port.queues.len() as u16 {
+            if let Some(start) = self.port.queues[usize::from(index)].waiting {
+                self.start_ring(index, start, Some(start.base), &[]);
+            }
+        }
+    }
+
+    // --- destination ---
+
+    fn destination_event(&mut self, event: DestinationEvent) {
+        let Handover::Destination(destination) = &self.handover else { return };
+        let (next, actions) = destination.clone().handle(event);
+        tracing::debug!(device = %self.identity.name, state = next.name(), ?actions, "handover");
+        self.handover = Handover::Destination(next);
+        for action in actions {
+            self.destination_action(action);
+        }
+    }
+
+    fn destination_action(&mut self, action: DestinationAction) {
+        match action {
+            DestinationAction::SendClaim(epoch) => {
+                let mut claim = Header::new(FrameKind::Claim);
+                claim.epoch = epoch;
+                self.next_tx = self.next_tx.max(belay_wire::TxId::first_of(epoch));
+                self.open_claim.get_or_insert(OpenClaim { since: self.now, in_flight: 0 });
+                self.send_to_backing(claim);
+                self.send_outstanding(Channel::Guest, false);
+            }
+            DestinationAction::RunRing { ring, adopted } => self.run_adopted(ring, &adopted),
+            DestinationAction::Attached(epoch) => {
+                self.epoch = epoch;
+                self.handover = Handover::Remote;
+                let claim = self.open_claim.take();
+                self.notice(Notice::Attached {
+                    epoch,
+                    in_flight: claim.map_or(0, |claim| claim.in_flight),
+                    grant_ms: claim.map_or(0.0, |claim| since(self.now, claim.since).as_secs_f64() * 1e3),
+                });
+            }
+            DestinationAction::Fail(reason) => {
+                tracing::error!(device = %self.identity.name, reason, "the handover failed");
+                self.notice(Notice::HandoverFailed { reason });
+            }
+        }
+    }
+
+    /// Lets a ring run whose requests in flight are at the source.
+    fn run_adopted(&mut self, ring: RingStart, adopted: &[belay_wire::ListedRequest]) {
+        let index = ring.queue.0;
+        for listed in adopted {
+            match self.adopt(index, listed) {
+                Ok(key) => {
+                    self.seen_txid(listed.txid);
+                    let Some(request) = self.requests.get(key) else { continue };
+                    let buf = if request.kind == belay_block::OpKind::Read
+                        || request.kind == belay_block::OpKind::Write
+                    {
+                        request.data.clone()
+                    } else {
+                        Buf::default()
+                    };
+                    let remote = RemoteRequest::new(
+                        RemoteKind::Op(request.kind),
+                        request.offset,
+                        request.len,
+                        buf,
+                        RemoteOwner::Guest(key),
+                    );
+                    self.adopt_remote(listed.txid, remote);
+                }
+                Err(reason) => {
+                    // The list has been checked against the ring; only a guest that rewrites its descriptors
+                    // under way comes here. It loses this request's completion, as it would on real hardware.
+                    tracing::error!(device = %self.identity.name, reason, "a listed request cannot be taken over");
+                }
+            }
+        }
+        if let Some(claim) = &mut self.open_claim {
+            claim.in_flight += adopted.len() as u64;
+        }
+        self.run_ring(index, ring.base);
+    }
+
+    pub(crate) fn successor_ring_started(&mut self, index: u16, start: Start) {
+        let size = self.port.ring(index).map_or(0, |ring| ring.size());
+        let ring = RingStart { queue: QueueIndex(index), size, base: start.base, used: start.used };
+        self.destination_event(DestinationEvent::RingStarted(ring));
+    }
+
+    /// A ring that waits for the list was stopped again.
+    pub(crate) fn successor_ring_stopped(&mut self, index: u16) {
+        self.destination_event(DestinationEvent::RingStopped(QueueIndex(index)));
+    }
+
+    pub(crate) fn successor_connection(&mut self, up: bool) {
+        if up {
+            self.destination_event(DestinationEvent::ConnectionUp);
+        }
+    }
+
+    pub(crate) fn successor_refused(&mut self, refusal: Refusal) {
+        self.destination_event(DestinationEvent::Refused(refusal));
+    }
+
+    pub(crate) fn on_list(&mut self, list: InflightList) {
+        self.destination_event(DestinationEvent::List(list));
+    }
+
+    pub(crate) fn on_list_revoked(&mut self) {
+        self.destination_event(DestinationEvent::ListRevoked);
+    }
+
+    pub(crate) fn on_grant(&mut self, epoch: Epoch) {
+        self.destination_event(DestinationEvent::Grant(epoch));
+        // After a connection that was lost behind the claim: what was sent on it is sent again.
+        self.send_outstanding(Channel::Guest, false);
+    }
+}

@@ -1,0 +1,600 @@
+//! The device's port: the VMM's socket, and its rings as this device serves them.
+//!
+//! A stop of a ring may be a pause, a migration or a reset: nobody can know yet. Its requests are parked, and the
+//! next start decides (vmm-facts, "At GET_VRING_BASE, pause, migration and reset look the same").
+
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
+
+use belay_block::{IoVec, OpKind, Status};
+use belay_vhost_user::{Chain, Connection, Event, Marked, Offer, Ring, RingError};
+use belay_wire::{ListedRequest, TxId};
+
+use crate::device::{Device, KICK, LISTENER, Serving, VMM};
+use crate::handle::Notice;
+use crate::requests::GuestRequest;
+use crate::stats::{monotonic_ns, since};
+
+/// A ring as this device sees it; the ring itself lives in the connection.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Queue {
+    /// It is served: started by the VMM, and let go by the handover.
+    pub(crate) running: bool,
+    /// The VMM has started it, but it may not run yet.
+    pub(crate) waiting: Option<Start>,
+    /// What GET_VRING_BASE answered at its last stop on this connection.
+    stopped_at: Option<u16>,
+    /// Its kick descriptor is polled, under this generation.
+    kick_generation: u32,
+    kick_fd: Option<i32>,
+    /// The guest may have added requests.
+    pub(crate) kicked: bool,
+    /// Completions wait to be published.
+    pub(crate) dirty: bool,
+    /// The guest broke it: not served until it starts again.
+    broken: bool,
+}
+
+impl Queue {
+    /// What GET_VRING_BASE answered at its last stop on this connection.
+    pub(crate) fn stopped_at(&self) -> Option<u16> {
+        self.stopped_at
+    }
+}
+
+/// How the VMM started a ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Start {
+    /// What SET_VRING_BASE said.
+    pub(crate) base: u16,
+    /// The used index found in guest memory.
+    pub(crate) used: u16,
+}
+
+/// The port's state.
+#[derive(Default)]
+pub(crate) struct Port {
+    pub(crate) listener: Option<UnixListener>,
+    pub(crate) connection: Option<Connection>,
+    /// A VMM that connected while requests of its predecessor still ran.
+    next_connection: Option<std::os::unix::net::UnixStream>,
+    pub(crate) queues: Vec<Queue>,
+    /// The VMM waits until requests in flight have ended.
+    quiescing: bool,
+    /// Rings of this connection have been started at least once.
+    generation: u32,
+}
+
+impl Port {
+    pub(crate) fn ring(&mut self, queue: u16) -> Option<&mut Ring> {
+        self.connection.as_mut()?.ring(queue)
+    }
+
+    pub(crate) fn running(&self) -> u32 {
+        self.queues.iter().filter(|queue| queue.running).count() as u32
+    }
+
+    fn started(&self) -> bool {
+        self.queues.iter().any(|queue| queue.running || queue.waiting.is_some())
+    }
+
+    fn queue(&mut self, index: u16) -> Option<&mut Queue> {
+        self.queues.get_mut(usize::from(index))
+    }
+}
+
+impl Device {
+    pub(crate) fn listen(&mut self, listener: UnixListener) {
+        if let Err(error) = listener.set_nonblocking(true) {
+            tracing::error!(device = %self.identity.name, %error, "cannot listen for VMMs");
+            return;
+        }
+        self.poll(listener.as_raw_fd(), LISTENER, 0);
+        self.port.listener = Some(listener);
+        self.accept_vmm();
+    }
+
+    pub(crate) fn accept_vmm(&mut self) {
+        loop {
+            let Some(listener) = &self.port.listener else { return };
+            match listener.accept() {
+                Ok((socket, _)) if self.port.connection.is_some() => {
+                    // One VMM at a time. A VMM that reconnects closed its old socket first, so look for that.
+                    self.on_vmm_readable();
+                    if self.port.connection.is_some() {
+                        tracing::warn!(device = %self.identity.name, "a second VMM was turned away");
+                        drop(socket);
+                    } else {
+                        self.port.next_connection = Some(socket);
+                    }
+                }
+                Ok((socket, _)) => self.port.next_connection = Some(socket),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
+                Err(error) => {
+                    tracing::warn!(device = %self.identity.name, %error, "accepting a VMM failed");
+                    break;
+                }
+            }
+            self.take_next_vmm();
+        }
+    }
+
+    /// Connects the VMM that waits, unless requests of its predecessor still run.
+    fn take_next_vmm(&mut self) {
+        if self.requests.orphans() > 0 || self.port.connection.is_some() {
+            return;
+        }
+        let Some(socket) = self.port.next_connection.take() else { return };
+        let offer = Offer {
+            device_features: belay_block::virtio::features(&self.block),
+            queues: self.block.queues,
+            queue_entries: self.block.queue_entries,
+            config: belay_block::virtio::config_space(&self.block),
+        };
+        match Connection::new(socket, offer) {
+            Ok(connection) => {
+                self.poll(connection.as_raw_fd(), VMM, u64::from(self.port.generation));
+                self.port.connection = Some(connection);
+                self.port.queues = vec![Queue::default(); usize::from(self.block.queues)];
+                self.notice(Notice::Vmm { connected: true, reason: None });
+                self.on_vmm_readable();
+            }
+            Err(error) => tracing::warn!(device = %self.identity.name, %error, "accepting a VMM failed"),
+        }
+    }
+
+    /// Handles the messages that the VMM has sent.
+    pub(crate) fn on_vmm_readable(&mut self) {
+        loop {
+            if self.port.quiescing {
+                return;
+            }
+            let Some(connection) = &mut self.port.connection else { return };
+            match connection.next_event() {
+                Ok(Some(event)) => self.on_vmm_event(event),
+                Ok(None) => return,
+                Err(error) => {
+                    self.vmm_gone(&error.to_string());
+                    return;
+                }
+            }
+        }
+    }
+
+    fn vmm_gone(&mut self, reason: &str) {
+        tracing::info!(device = %self.identity.name, reason, "the VMM's connection ended");
+        let had_rings = self.port.started();
+        if let Some(connection) = self.port.connection.take() {
+            self.unpoll(VMM, u64::from(self.port.generation));
+            drop(connection);
+        }
+        for queue in 0..self.port.queues.len() {
+            self.forget_kick(queue as u16);
+        }
+        self.port.queues.clear();
+        self.port.quiescing = false;
+        self.port.generation = self.port.generation.wrapping_add(1);
+        if had_rings {
+            self.rings_all_stopped();
+        }
+        if self.serving() != Serving::Nobody {
+            self.drop_guest_requests(None);
+        }
+        self.notice(Notice::Vmm { connected: false, reason: Some(reason.to_owned()) });
+        self.accept_vmm();
+    }
+
+    fn on_vmm_event(&mut self, event: Event) {
+        match event {
+            Event::RingStarted { queue, base, used, marked, .. } => {
+                self.on_ring_started(queue, Start { base, used }, &marked)
+            }
+            Event::RingStopped { queue, base } => self.on_ring_stopped(queue, base),
+            Event::RingDisabled { .. } => {}
+            Event::RingEnabled { queue } => {
+                if let Some(queue) = self.port.queue(queue) {
+                    queue.kicked = true;
+                }
+            }
+            Event::KickChanged { queue } => {
+                self.forget_kick(queue);
+                self.poll_kick(queue);
+            }
+            Event::Quiesce { reset } => {
+                tracing::debug!(device = %self.identity.name, reset, "the VMM wants no request in flight");
+                self.port.quiescing = true;
+                if self.serving() != Serving::Nobody {
+                    self.drop_guest_requests(None);
+                }
+                for queue in &mut self.port.queues {
+                    queue.stopped_at = None;
+                }
+                self.quiet();
+            }
+        }
+    }
+
+    /// The guest forgets its requests (of one queue, or all): what has not begun is cancelled, the rest runs to its
+    /// end, and is then dropped.
+    fn drop_guest_requests(&mut self, queue: Option<u16>) {
+        for key in self.requests.orphan(queue) {
+            self.cancel_guest(key);
+        }
+    }
+
+    /// Answers a VMM that waited for requests to end, and connects one that waited for its predecessor's.
+    pub(crate) fn quiet(&mut self) {
+        if self.requests.orphans() > 0 {
+            return;
+        }
+        if self.port.quiescing {
+            self.port.quiescing = false;
+            if let Some(connection) = &mut self.port.connection
+                && let Err(error) = connection.quiesced()
+            {
+                self.vmm_gone(&error.to_string());
+                return;
+            }
+            self.vmm_readable_later = true;
+        }
+        self.take_next_vmm();
+    }
+
+    fn on_ring_stopped(&mut self, index: u16, base: u16) {
+        let Some(queue) = self.port.queue(index) else { return };
+        queue.running = false;
+        queue.waiting = None;
+        queue.dirty = false;
+        queue.stopped_at = Some(base);
+        self.forget_kick(index);
+        self.counters.rings_stopped_ns = monotonic_ns();
+        if self.is_successor() {
+            self.successor_ring_stopped(index);
+        }
+        if !self.port.started() {
+            self.rings_all_stopped();
+        }
+    }
+
+    fn on_ring_started(&mut self, index: u16, start: Start, marked: &[Marked]) {
+        let Some(queue) = self.port.queue(index) else { return };
+        let resumed = queue.stopped_at.take();
+        queue.broken = false;
+        queue.waiting = Some(start);
+        match self.serving() {
+            Serving::Nobody => {
+                tracing::warn!(device = %self.identity.name, queue = index, "a ring was started on a host that has not got the device: it is not served");
+            }
+            Serving::Successor => self.successor_ring_started(index, start),
+            Serving::Guest if self.is_successor() => self.successor_ring_started(index, start),
+            Serving::Guest => self.start_ring(index, start, resumed, marked),
+        }
+    }
+
+    /// Starts a ring of a guest that is here: goes on with parked requests, finds those of an earlier process
+    /// again, or begins afresh.
+    pub(crate) fn start_ring(&mut self, index: u16, start: Start, resumed: Option<u16>, marked: &[Marked]) {
+        let parked = self.requests.of_queue(index);
+        let outstanding = usize::from(start.base.wrapping_sub(start.used));
+        if !parked.is_empty() {
+            if resumed == Some(start.base) && outstanding == parked.len() {
+                self.run_ring(index, start.base);
+                for key in parked {
+                    self.finish_parked(key);
+                }
+                return;
+            }
+            tracing::info!(device = %self.identity.name, queue = index, dropped = parked.len(), "the ring was reset: requests of before are dropped");
+            self.drop_guest_requests(Some(index));
+        }
+        if marked.is_empty() {
+            self.run_ring(index, start.base);
+            return;
+        }
+        tracing::info!(device = %self.identity.name, queue = index, requests = marked.len(), "requests of an earlier process go on");
+        self.run_ring(index, start.used.wrapping_add(marked.len() as u16));
+        for mark in marked {
+            let txid = (mark.tag != 0).then_some(TxId(mark.tag));
+            if let Some(txid) = txid {
+                self.seen_txid(txid);
+            }
+            self.resubmit(index, mark.head, txid);
+        }
+    }
+
+    /// Submits the request at a head that an earlier process had popped.
+    fn resubmit(&mut self, index: u16, head: u16, txid: Option<TxId>) {
+        let Some(ring) = self.port.ring(index) else { return };
+        match ring.chain_at(head) {
+            Ok(chain) => self.begin(index, chain, txid),
+            Err(error) => self.bad_chain(index, head, &error),
+        }
+    }
+
+    /// Takes a request over that the source has in flight: its completion will come under its number.
+    pub(crate) fn adopt(&mut self, index: u16, listed: &ListedRequest) -> Result<usize, String> {
+        let ring = self.port.ring(index).ok_or("the ring is gone")?;
+        let chain = ring.chain_at(listed.head.0).map_err(|error| error.to_string())?;
+        let request = self
+            .parse(index, chain, Some(listed.txid))
+            .map_err(|_| "a listed request is not one".to_owned())?;
+        if crate::requests::wire_kind(request.kind) != listed.kind
+            || request.offset != listed.offset
+            || request.len != listed.len
+        {
+            return Err(format!(
+                "request {} of queue {index} is a {:?} of {} bytes at {} here, and a {:?} of {} bytes at {} in the list",
+                listed.txid,
+                request.kind,
+                request.len,
+                request.offset,
+                listed.kind,
+                listed.len,
+                listed.offset
+            ));
+        }
+        let (head, txid) = (request.head, request.txid);
+        let key = self.requests.insert(request);
+        if let Some(ring) = self.port.ring(index) {
+            ring.mark(head, txid.0);
+        }
+        Ok(key)
+    }
+
+    /// Lets a started ring run from this available index on.
+    pub(crate) fn run_ring(&mut self, index: u16, next_avail: u16) {
+        let Some(ring) = self.port.ring(index) else { return };
+        ring.start_at(next_avail);
+        ring.disable_notifications();
+        ring.signal();
+        if let Some(queue) = self.port.queue(index) {
+            queue.waiting = None;
+            queue.running = true;
+            queue.kicked = true;
+        }
+        self.counters.first_completion_ns = 0;
+        self.poll_kick(index);
+        self.rings_started();
+    }
+
+    fn poll_kick(&mut self, index: u16) {
+        let Some(fd) = self.port.ring(index).and_then(|ring| ring.kick_fd()) else { return };
+        let Some(queue) = self.port.queue(index) else { return };
+        if queue.kick_fd == Some(fd) {
+            return;
+        }
+        queue.kick_generation = queue.kick_generation.wrapping_add(1) & 0xff_ffff;
+        queue.kick_fd = Some(fd);
+        let slot = u64::from(queue.kick_generation) << 16 | u64::from(index);
+        self.poll(fd, KICK, slot);
+    }
+
+    fn forget_kick(&mut self, index: u16) {
+        let Some(queue) = self.port.queue(index) else { return };
+        if queue.kick_fd.take().is_some() {
+            let slot = u64::from(queue.kick_generation) << 16 | u64::from(index);
+            self.unpoll(KICK, slot);
+        }
+    }
+
+    /// The guest's kick, or an earlier poll's end.
+    pub(crate) fn on_kick(&mut self, slot: u64, more: bool) {
+        let index = (slot & 0xffff) as u16;
+        let generation = (slot >> 16) as u32;
+        let Some(queue) = self.port.queue(index) else { return };
+        if queue.kick_generation != generation || queue.kick_fd.is_none() {
+            return;
+        }
+        queue.kicked = true;
+        if !more {
+            queue.kick_fd = None;
+            self.poll_kick(index);
+        }
+        if let Some(ring) = self.port.ring(index) {
+            ring.clear_kick();
+        }
+    }
+
+    /// Serves all rings that may hold requests. Returns how many requests were begun.
+    pub(crate) fn serve_rings(&mut self, all: bool) -> usize {
+        let mut begun = 0;
+        for index in 0..self.port.queues.len() as u16 {
+            let queue = &mut self.port.queues[usize::from(index)];
+            if queue.running && !queue.broken && (queue.kicked || all) {
+                queue.kicked = false;
+                begun += self.serve_ring(index);
+            }
+        }
+        begun
+    }
+
+    fn serve_ring(&mut self, index: u16) -> usize {
+        let mut begun = 0;
+        loop {
+            let Some(ring) = self.port.ring(index) else { return begun };
+            if !ring.is_enabled() {
+                return begun;
+            }
+            match ring.pop() {
+                Ok(Some(chain)) => {
+                    begun += 1;
+                    self.begin(index, chain, None);
+                }
+                Ok(None) => return begun,
+                Err(error @ RingError::BadChain { head, .. }) => {
+                    begun += 1;
+                    self.bad_chain(index, head, &error);
+                }
+                Err(RingError::Broken(fault)) => {
+                    tracing::warn!(device = %self.identity.name, queue = index, %fault, "the guest broke its ring: it is not served until it starts again");
+                    self.counters.bad_requests += 1;
+                    if let Some(queue) = self.port.queue(index) {
+                        queue.broken = true;
+                    }
+                    return begun;
+                }
+            }
+        }
+    }
+
+    /// Asks for kicks on every ring. `true`: requests came meanwhile.
+    pub(crate) fn enable_notifications(&mut self) -> bool {
+        let mut more = false;
+        for index in 0..self.port.queues.len() as u16 {
+            if self.port.queues[usize::from(index)].running
+                && !self.port.queues[usize::from(index)].broken
+                && let Some(ring) = self.port.ring(index)
+                && ring.is_enabled()
+                && ring.enable_notifications()
+            {
+                self.port.queues[usize::from(index)].kicked = true;
+                more = true;
+            }
+        }
+        more
+    }
+
+    pub(crate) fn disable_notifications(&mut self) {
+        for index in 0..self.port.queues.len() as u16 {
+            if self.port.queues[usize::from(index)].running
+                && let Some(ring) = self.port.ring(index)
+            {
+                ring.disable_notifications();
+            }
+        }
+    }
+
+    fn bad_chain(&mut self, index: u16, head: u16, error: &RingError) {
+        tracing::debug!(device = %self.identity.name, queue = index, head, %error, "a bad request of the guest");
+        self.counters.bad_requests += 1;
+        self.give_back(index, head, 0);
+    }
+
+    fn give_back(&mut self, index: u16, head: u16, written: u32) {
+        if let Some(ring) = self.port.ring(index) {
+            ring.complete(head, written);
+        }
+        if let Some(queue) = self.port.queue(index) {
+            queue.dirty = true;
+        }
+    }
+
+    /// Begins a request that was popped, or found again (`txid`: under the number it had).
+    fn begin(&mut self, index: u16, chain: Chain, txid: Option<TxId>) {
+        let head = chain.head;
+        match self.parse(index, chain, txid) {
+            Ok(request) => {
+                let tag = request.txid.0;
+                let key = self.requests.insert(request);
+                if let Some(ring) = self.port.ring(index) {
+                    ring.mark(head, tag);
+                }
+                self.submit_guest(key);
+            }
+            Err(written) => self.give_back(index, head, written),
+        }
+    }
+
+    /// Reads a request out of its chain. `Err`: it has been answered already, with so many bytes written.
+    fn parse(&mut self, index: u16, chain: Chain, txid: Option<TxId>) -> Result<GuestRequest, u32> {
+        use belay_block::virtio::{self, RequestKind};
+        let readable: smallvec::SmallVec<[IoVec; 4]> =
+            chain.readable.iter().map(|p| IoVec { base: p.base, len: p.len }).collect();
+        let writable: smallvec::SmallVec<[IoVec; 4]> =
+            chain.writable.iter().map(|p| IoVec { base: p.base, len: p.len }).collect();
+        let keep: std::sync::Arc<dyn std::any::Any + Send + Sync> = chain.memory.clone();
+        let parsed = virtio::parse(&readable, &writable, &keep, &self.limits);
+        let request = match parsed {
+            Ok(request) => request,
+            Err(bad) => {
+                self.counters.bad_requests += 1;
+                return Err(self.answer(index, &chain, bad.written()));
+            }
+        };
+        let kind = match request.kind {
+            RequestKind::Op(kind) => kind,
+            RequestKind::GetId => {
+                let written = request.answer_id(&self.serial);
+                return Err(self.answer(index, &chain, written));
+            }
+        };
+        let txid = txid.unwrap_or_else(|| self.draw_txid());
+        Ok(GuestRequest {
+            queue: index,
+            head: chain.head,
+            txid,
+            kind,
+            offset: request.offset,
+            len: request.len,
+            data: request.data,
+            status_at: request.status,
+            chain,
+            born: self.now,
+            done: None,
+            orphan: false,
+        })
+    }
+
+    fn answer(&mut self, index: u16, chain: &Chain, written: u32) -> u32 {
+        if let Some(ring) = self.port.ring(index) {
+            ring.log_written(chain, written);
+        }
+        written
+    }
+
+    /// A request of the guest has ended: completes it if its ring runs, remembers it if it is parked, tells the
+    /// successor if it has moved.
+    pub(crate) fn guest_done(&mut self, key: usize, status: Status) {
+        let Some(request) = self.requests.get_mut(key) else { return };
+        if request.orphan {
+            self.requests.remove(key);
+            self.quiet();
+            return;
+        }
+        let index = request.queue;
+        request.done = Some(status);
+        if self.serving() == Serving::Nobody {
+            self.report_adopted(key);
+        } else if self.port.queue(index).is_some_and(|queue| queue.running) {
+            self.finish_parked(key);
+        }
+    }
+
+    /// Completes a request that has ended to the guest, if it has ended.
+    fn finish_parked(&mut self, key: usize) {
+        let Some(status) = self.requests.get(key).and_then(|request| request.done) else { return };
+        let Some(request) = self.requests.remove(key) else { return };
+        let written = request.status_at.complete(status, request.kind, request.len);
+        let ok = status == Status::Ok;
+        self.counters.completed(since(self.now, request.born), ok);
+        match request.kind {
+            OpKind::Read if ok => self.counters.read_bytes += request.len,
+            OpKind::Write if ok => self.counters.written_bytes += request.len,
+            _ => {}
+        }
+        if let Some(ring) = self.port.ring(request.queue) {
+            ring.log_written(&request.chain, written);
+        }
+        self.give_back(request.queue, request.head, written);
+    }
+
+    /// Publishes completions and interrupts the guest.
+    pub(crate) fn publish(&mut self) {
+        let mut published = false;
+        for index in 0..self.port.queues.len() as u16 {
+            if std::mem::take(&mut self.port.queues[usize::from(index)].dirty)
+                && let Some(ring) = self.port.ring(index)
+            {
+                ring.publish();
+                published = true;
+            }
+        }
+        if published {
+            let now = monotonic_ns();
+            self.counters.last_completion_ns = now;
+            if self.counters.first_completion_ns == 0 {
+                self.counters.first_completion_ns = now;
+            }
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! The guest's requests in flight.
+//!
+//! ```text
+//!            ring stops                 grant durable
+//!  Running ─────────────▶ (parked) ─────────────────▶ Adopted: its completion goes to the successor
+//!     │   ◀───────────── ring starts again
+//!     │ backend done
+//!     ├── ring runs ──▶ completed to the guest, gone
+//!     ├── ring parked ─▶ Done(status): completed when the ring starts again, or reported to the successor
+//!     └── orphaned (reset, VMM gone) ──▶ dropped
+//! ```
+
+use std::time::Instant;
+
+use belay_block::{Buf, OpKind, Status};
+use belay_vhost_user::Chain;
+use belay_wire::{HeadIndex, ListedRequest, QueueIndex, RequestKind, RequestState, TxId};
+use slab::Slab;
+
+/// A guest request in flight.
+pub(crate) struct GuestRequest {
+    pub(crate) queue: u16,
+    pub(crate) head: u16,
+    pub(crate) txid: TxId,
+    pub(crate) kind: OpKind,
+    pub(crate) offset: u64,
+    pub(crate) len: u64,
+    /// The guest's memory for the data.
+    pub(crate) data: Buf,
+    /// Where the status byte goes.
+    pub(crate) status_at: belay_block::StatusByte,
+    pub(crate) chain: Chain,
+    pub(crate) born: Instant,
+    /// How it ended, while its ring does not run.
+    pub(crate) done: Option<Status>,
+    /// The guest has forgotten it (reset, VMM gone): its end is nobody's business.
+    pub(crate) orphan: bool,
+}
+
+/// The table, indexed by keys that name a request until it is removed.
+#[derive(Default)]
+pub(crate) struct Requests {
+    slots: Slab<GuestRequest>,
+    orphans: usize,
+}
+
+impl Requests {
+    pub(crate) fn insert(&mut self, request: GuestRequest) -> usize {
+        self.slots.insert(request)
+    }
+
+    pub(crate) fn get(&self, key: usize) -> Option<&GuestRequest> {
+        self.slots.get(key)
+    }
+
+    pub(crate) fn get_mut(&mut self, key: usize) -> Option<&mut GuestRequest> {
+        self.slots.get_mut(key)
+    }
+
+    pub(crate) fn remove(&mut self, key: usize) -> Option<GuestRequest> {
+        let request = self.slots.try_remove(key)?;
+        if request.orphan {
+            self.orphans -= 1;
+        }
+        Some(request)
+    }
+
+    /// Requests that the guest still knows of.
+    pub(crate) fn live(&self) -> usize {
+        self.slots.len() - self.orphans
+    }
+
+    /// Requests that the guest has forgotten and that have not ended.
+    pub(crate) fn orphans(&self) -> usize {
+        self.orphans
+    }
+
+    /// Keys of the live requests of a queue, in the order in which they came.
+    pub(crate) fn of_queue(&self, queue: u16) -> Vec<usize> {
+        self.keys(|request| request.queue == queue)
+    }
+
+    /// Keys of all live requests, in the order in which they came.
+    pub(crate) fn all(&self) -> Vec<usize> {
+        self.keys(|_| true)
+    }
+
+    fn keys(&self, wanted: impl Fn(&GuestRequest) -> bool) -> Vec<usize> {
+        let mut keys: Vec<(TxId, usize)> = self
+            .slots
+            .iter()
+            .filter(|(_, request)| !request.orphan && wanted(request))
+            .map(|(key, request)| (request.txid, key))
+            .collect();
+        keys.sort_unstable();
+        keys.into_iter().map(|(_, key)| key).collect()
+    }
+
+    /// Makes the guest forget a queue's requests (all queues: `None`). Those that have ended are dropped; the keys
+    /// of the others are returned, for cancelling.
+    pub(crate) fn orphan(&mut self, queue: Option<u16>) -> Vec<usize> {
+        let keys = self.keys(|request| queue.is_none_or(|queue| queue == request.queue));
+        let mut running = Vec::new();
+        for key in keys {
+            if self.slots[key].done.is_some() {
+                self.slots.remove(key);
+            } else {
+                self.slots[key].orphan = true;
+                self.orphans += 1;
+                running.push(key);
+            }
+        }
+        running
+    }
+
+    /// The list that goes to a successor, in submission order.
+    pub(crate) fn list(&self) -> Vec<ListedRequest> {
+        self.all().into_iter().map(|key| listed(&self.slots[key])).collect()
+    }
+}
+
+/// How a request is written into the list.
+pub(crate) fn listed(request: &GuestRequest) -> ListedRequest {
+    ListedRequest {
+        queue: QueueIndex(request.queue),
+        head: HeadIndex(request.head),
+        kind: wire_kind(request.kind),
+        state: RequestState::Sent,
+        txid: request.txid,
+        offset: request.offset,
+        len: request.len,
+    }
+}
+
+/// A block operation's kind on the wire.
+pub(crate) fn wire_kind(kind: OpKind) -> RequestKind {
+    match kind {
+        OpKind::Read => RequestKind::Read,
+        OpKind::Write => RequestKind::Write,
+        OpKind::Flush => RequestKind::Flush,
+        OpKind::Discard => RequestKind::Discard,
+        OpKind::WriteZeroes { .. } => RequestKind::WriteZeroes,
+    }
+}

@@ -118,7 +118,10 @@ pub struct Connection {
     rings: Vec<Option<Ring>>,
     pub(crate) events: VecDeque<Event>,
     pub(crate) held: Option<Held>,
+    /// Nothing more comes.
     over: bool,
+    /// Why, until that was told.
+    end: Option<ConnectionError>,
 }
 
 /// What the VMM said about a queue, whether it runs or not.
@@ -184,6 +187,7 @@ impl Connection {
             events: VecDeque::new(),
             held: None,
             over: false,
+            end: None,
         })
     }
 
@@ -200,12 +204,15 @@ impl Connection {
     /// # Errors
     /// The connection is over. Every later call says so too.
     pub fn next_event(&mut self) -> Result<Option<Event>, ConnectionError> {
-        if self.over {
-            return Err(ConnectionError::Closed);
-        }
         loop {
             if let Some(event) = self.events.pop_front() {
                 return Ok(Some(event));
+            }
+            if let Some(error) = self.end.take() {
+                return Err(error);
+            }
+            if self.over {
+                return Err(ConnectionError::Closed);
             }
             if self.held.is_some() {
                 return Ok(None);
@@ -214,8 +221,9 @@ impl Connection {
                 Ok(true) => {}
                 Ok(false) => return Ok(None),
                 Err(error) => {
+                    // What the request did before it failed (a ring stopped, its reply lost) is told first.
                     self.over = true;
-                    return Err(error);
+                    self.end = Some(error);
                 }
             }
         }

@@ -275,6 +275,24 @@ fn dirty_log_counts_only_what_was_written() {
 }
 
 #[test]
+fn used_entry_is_logged_when_complete_and_used_index_when_published() {
+    // The entries begin on the page behind the one with the index.
+    let mut guest = Guest { used: 0x6ffc, ..Guest::new(8) };
+    let mut vmm = Vmm::negotiated(PROTOCOL | LOG_ALL);
+    vmm.set_memory(&guest);
+    let log = set_log(&mut vmm, 64);
+    vmm.start(&guest, 0, 0, true);
+    guest.chain(0, &[(0x9000, 16, false)]);
+    guest.offer(0);
+    let ring = vmm.connection.ring(0).unwrap();
+    ring.pop().unwrap().unwrap();
+    ring.complete(0, 0);
+    assert_eq!(dirty(&log, 64), [7]);
+    ring.publish();
+    assert_eq!(dirty(&log, 64), [6, 7]);
+}
+
+#[test]
 fn replaced_log_gets_what_comes_after_and_cleared_feature_ends_logging() {
     let (mut vmm, mut guest) = running(8, LOG_ALL);
     let old = set_log(&mut vmm, 64);
@@ -433,6 +451,16 @@ fn reset_stops_rings_and_is_answered_when_quiesced() {
         both[..len],
         [words(&[34, 5, 8]), longs(&[0]), words(&[1, 5, 8]), both[32..40].to_vec()].concat()
     );
+}
+
+#[test]
+fn stop_whose_reply_is_lost_is_told_before_the_end() {
+    let (mut vmm, _guest) = running(8, 0);
+    vmm.send(11, 0, &words(&[0, 0]), &[]);
+    vmm.socket.shutdown(std::net::Shutdown::Read).unwrap();
+    assert_eq!(vmm.connection.next_event().unwrap(), Some(Event::RingStopped { queue: 0, base: 0 }));
+    assert!(vmm.connection.next_event().is_err());
+    assert!(vmm.connection.next_event().is_err());
 }
 
 #[test]

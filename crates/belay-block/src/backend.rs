@@ -84,7 +84,7 @@ pub trait Backend: Send {
     /// Where there is data in `offset..offset+len`, for a copier: ranges that are not reported read as zeroes.
     /// Synchronous and cheap (SEEK_DATA). The default reports everything.
     fn data_extents(&self, offset: u64, len: u64) -> std::io::Result<Vec<std::ops::Range<u64>>> {
-        Ok(vec![offset..offset + len])
+        Ok(std::iter::once(offset..offset + len).collect())
     }
 
     /// Changes the size, in bytes, growing only. The device's owner then tells the guest.

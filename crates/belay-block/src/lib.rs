@@ -5,8 +5,18 @@
 //! [`Ring`](belay_reactor::Ring) and are told of its completions.
 
 pub mod backend;
+mod delay;
+mod file;
+mod memory;
 pub mod op;
+mod spec;
+pub mod testing;
 pub mod virtio;
 
 pub use backend::{Backend, BackendInfo, Done};
+pub use delay::Delay;
+pub use file::{FileBackend, FileOptions, OpenError, free_space};
+pub use memory::MemoryBackend;
 pub use op::{Buf, IoVec, Op, OpId, OpKind, Status};
+pub use spec::{BackendSpec, Driver};
+pub use virtio::StatusByte;

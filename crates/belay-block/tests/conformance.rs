@@ -1,0 +1,199 @@
+//! What every backend must keep: one suite, run for each.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use belay_block::testing::Harness;
+use belay_block::{Backend, BackendSpec, Buf, Delay, Driver, MemoryBackend, OpId, OpKind, OpenError, Status};
+use belay_reactor::OwnerId;
+
+const SIZE: u64 = 1 << 20;
+const OWNER: OwnerId = OwnerId(20);
+
+/// A small generator, so that a failing seed can be run again.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 33) % limit
+    }
+}
+
+fn image(folder: &tempfile::TempDir) -> PathBuf {
+    let path = folder.path().join("disk.img");
+    std::fs::File::create(&path).unwrap().set_len(SIZE).unwrap();
+    path
+}
+
+fn buffer(bytes: &[u8], misalign: usize) -> Buf {
+    let buf = Buf::aligned(bytes.len() + misalign, 4096).part(misalign, bytes.len());
+    buf.copy_from(0, bytes);
+    buf
+}
+
+fn content(buf: &Buf) -> Vec<u8> {
+    let mut bytes = vec![0; buf.len()];
+    buf.copy_to(0, &mut bytes);
+    bytes
+}
+
+fn suite(make: &dyn Fn() -> Box<dyn Backend>) {
+    behaves_like_an_array(make());
+    completes_many_exactly_once(make());
+    refuses_what_is_outside(make());
+}
+
+fn behaves_like_an_array(backend: Box<dyn Backend>) {
+    let mut harness = Harness::new(backend).unwrap();
+    let mut model = vec![0u8; SIZE as usize];
+    let mut random = Random(7);
+    for round in 0..400u32 {
+        let sectors = 1 + random.below(64);
+        let offset = random.below(SIZE / 512 - sectors) * 512;
+        let len = sectors * 512;
+        let range = offset as usize..(offset + len) as usize;
+        let misalign = [0, 0, 512, 3][random.below(4) as usize];
+        match random.below(6) {
+            0 | 1 => {
+                let bytes = vec![round as u8 | 1; len as usize];
+                let status = harness.one(OpKind::Write, offset, len, buffer(&bytes, misalign)).unwrap();
+                assert_eq!(status, Status::Ok);
+                model[range].copy_from_slice(&bytes);
+            }
+            2 => {
+                let kind = OpKind::WriteZeroes { unmap: random.below(2) == 0 };
+                assert_eq!(harness.one(kind, offset, len, Buf::default()).unwrap(), Status::Ok);
+                model[range].fill(0);
+            }
+            3 => {
+                assert_eq!(harness.one(OpKind::Discard, offset, len, Buf::default()).unwrap(), Status::Ok);
+                model[range].fill(0);
+            }
+            4 => assert_eq!(harness.one(OpKind::Flush, 0, 0, Buf::default()).unwrap(), Status::Ok),
+            _ => {
+                let buf = buffer(&vec![0xee; len as usize], misalign);
+                assert_eq!(harness.one(OpKind::Read, offset, len, buf.clone()).unwrap(), Status::Ok);
+                assert!(content(&buf) == model[range], "round {round}: {len} bytes at {offset}");
+            }
+        }
+    }
+}
+
+fn completes_many_exactly_once(backend: Box<dyn Backend>) {
+    let mut harness = Harness::new(backend).unwrap();
+    let mut submitted: Vec<OpId> = Vec::new();
+    for block in 0..1000u64 {
+        let offset = block % 256 * 4096;
+        submitted.push(harness.submit(OpKind::Read, offset, 4096, Buf::aligned(4096, 4096)));
+    }
+    let mut ended: Vec<OpId> = harness.drain().unwrap().into_iter().map(|done| done.op.id).collect();
+    ended.sort_unstable();
+    assert_eq!(ended, submitted);
+}
+
+fn refuses_what_is_outside(backend: Box<dyn Backend>) {
+    let mut harness = Harness::new(backend).unwrap();
+    let invalid = Status::Failed { errno: 22 };
+    for (offset, len) in [(SIZE, 512), (SIZE - 512, 1024), (u64::MAX - 511, 512), (256, 512)] {
+        let buf = Buf::aligned(len as usize, 512);
+        assert_eq!(harness.one(OpKind::Read, offset, len, buf.clone()).unwrap(), invalid);
+        assert_eq!(harness.one(OpKind::Write, offset, len, buf).unwrap(), invalid);
+        assert_eq!(harness.one(OpKind::Discard, offset, len, Buf::default()).unwrap(), invalid);
+    }
+}
+
+#[test]
+fn memory_keeps_the_contract() {
+    suite(&|| Box::new(MemoryBackend::new(SIZE)));
+}
+
+#[test]
+fn file_past_the_page_cache_keeps_the_contract() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    suite(&|| BackendSpec::file(image(&folder)).build(OWNER).unwrap());
+}
+
+#[test]
+fn file_through_the_page_cache_keeps_the_contract() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let spec = |path| BackendSpec { direct: false, ..BackendSpec::file(path) };
+    suite(&|| spec(image(&folder)).build(OWNER).unwrap());
+}
+
+#[test]
+fn delayed_file_keeps_the_contract() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let spec = |path| BackendSpec { delay_us: Some(50), ..BackendSpec::file(path) };
+    suite(&|| spec(image(&folder)).build(OWNER).unwrap());
+}
+
+#[test]
+fn held_operation_is_cancelled_and_a_begun_one_is_not() {
+    let slow = Delay::new(Box::new(MemoryBackend::new(SIZE)), Duration::from_secs(3600));
+    let mut harness = Harness::new(Box::new(slow)).unwrap();
+    let id = harness.submit(OpKind::Read, 0, 512, Buf::aligned(512, 512));
+    harness.backend.cancel(OpId(id.0 + 1));
+    harness.backend.cancel(id);
+    let done = harness.drain().unwrap();
+    assert_eq!(done.len(), 1);
+    assert_eq!(done[0].status, Status::Failed { errno: 125 });
+}
+
+#[test]
+fn discarded_space_is_given_back_and_holes_are_found() {
+    use std::os::unix::fs::MetadataExt;
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = image(&folder);
+    let mut harness = Harness::new(BackendSpec::file(path.clone()).build(OWNER).unwrap()).unwrap();
+    let full = buffer(&vec![9; SIZE as usize], 0);
+    assert_eq!(harness.one(OpKind::Write, 0, SIZE, full).unwrap(), Status::Ok);
+    let before = std::fs::metadata(&path).unwrap().blocks();
+    assert_eq!(harness.one(OpKind::Discard, 65536, SIZE - 131072, Buf::default()).unwrap(), Status::Ok);
+    assert!(std::fs::metadata(&path).unwrap().blocks() < before / 2);
+    assert_eq!(harness.backend.data_extents(0, SIZE).unwrap(), [0..65536, SIZE - 65536..SIZE]);
+}
+
+#[test]
+fn read_only_file_refuses_changes() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let spec = BackendSpec { read_only: true, ..BackendSpec::file(image(&folder)) };
+    let mut harness = Harness::new(spec.build(OWNER).unwrap()).unwrap();
+    let status = harness.one(OpKind::Write, 0, 512, Buf::aligned(512, 512)).unwrap();
+    assert_eq!(status, Status::Failed { errno: 30 });
+}
+
+#[test]
+fn file_that_is_open_elsewhere_is_refused_until_it_is_closed() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let spec = BackendSpec::file(image(&folder));
+    let first = spec.build(OWNER).unwrap();
+    assert!(matches!(spec.build(OWNER).err(), Some(OpenError::Locked { .. })));
+    drop(first);
+    assert!(spec.build(OWNER).is_ok());
+}
+
+#[test]
+fn missing_odd_and_foreign_files_are_refused_by_name() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let missing = BackendSpec::file(folder.path().join("nothing.img"));
+    assert!(missing.build(OWNER).err().unwrap().to_string().contains("nothing.img"));
+    let odd = folder.path().join("odd.img");
+    std::fs::write(&odd, [0; 700]).unwrap();
+    assert!(matches!(
+        BackendSpec::file(odd).build(OWNER).err(),
+        Some(OpenError::Size { size_bytes: 700, .. })
+    ));
+    assert!(BackendSpec::file(folder.path().to_owned()).build(OWNER).is_err());
+    let nothing = BackendSpec { driver: Driver::Memory, path: None, ..BackendSpec::file("x".into()) };
+    assert!(nothing.build(OWNER).err().unwrap().to_string().contains("size_bytes"));
+}
+
+#[test]
+fn grown_file_has_its_new_end_and_shrinking_is_refused() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let mut harness = Harness::new(BackendSpec::file(image(&folder)).build(OWNER).unwrap()).unwrap();
+    harness.backend.resize(SIZE * 2).unwrap();
+    assert_eq!(harness.one(OpKind::Read, SIZE, 512, Buf::aligned(512, 512)).unwrap(), Status::Ok);
+    assert!(harness.backend.resize(SIZE).is_err());
+}

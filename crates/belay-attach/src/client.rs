@@ -89,10 +89,6 @@ impl ClientChannel {
         }
     }
 
-    pub(crate) fn in_flight(&self) -> usize {
-        self.outstanding.len()
-    }
-
     pub(crate) fn is_up(&self) -> bool {
         self.open
     }

@@ -28,6 +28,8 @@ pub struct PeerSocket {
     pub socket: TcpStream,
     /// The TLS connection, either side's.
     pub tls: rustls::Connection,
+    /// Plaintext that came before and is not read yet.
+    pub early: Vec<u8>,
 }
 
 /// Why a connection is over.
@@ -70,6 +72,8 @@ pub(crate) struct DataConn {
     pub(crate) peer: String,
     socket: TcpStream,
     tls: rustls::Connection,
+    early: Vec<u8>,
+    early_at: usize,
     raw: Box<[u8]>,
     raw_at: usize,
     raw_end: usize,
@@ -88,7 +92,7 @@ pub(crate) struct DataConn {
 
 impl DataConn {
     pub(crate) fn new(peer: PeerSocket, now: Instant) -> io::Result<Self> {
-        let PeerSocket { peer, socket, mut tls } = peer;
+        let PeerSocket { peer, socket, mut tls, early } = peer;
         socket.set_nonblocking(true)?;
         socket.set_nodelay(true)?;
         tls.set_buffer_limit(None);
@@ -96,6 +100,8 @@ impl DataConn {
             peer,
             socket,
             tls,
+            early,
+            early_at: 0,
             raw: vec![0; RECEIVE_BYTES].into_boxed_slice(),
             raw_at: 0,
             raw_end: 0,
@@ -197,6 +203,11 @@ impl DataConn {
     fn advance(&mut self) -> Result<Option<Received>, ConnError> {
         match &mut self.reading {
             Reading::Header { bytes, got } => {
+                let rest = &self.early[self.early_at..];
+                let take = rest.len().min(HEADER_BYTES - *got);
+                bytes[*got..*got + take].copy_from_slice(&rest[..take]);
+                self.early_at += take;
+                *got += take;
                 *got += read_plain(&mut self.tls, &mut bytes[*got..])?;
                 if *got < HEADER_BYTES {
                     return Ok(None);
@@ -211,6 +222,14 @@ impl DataConn {
             }
             Reading::Payload { header, target, collected, got } => {
                 let len = header.payload_len as usize;
+                let rest = &self.early[self.early_at..];
+                let take = rest.len().min(len - *got);
+                match target {
+                    Some(buf) => buf.copy_from(*got, &rest[..take]),
+                    None => collected.extend_from_slice(&rest[..take]),
+                }
+                self.early_at += take;
+                *got += take;
                 while *got < len {
                     let mut reader = self.tls.reader();
                     let chunk = match reader.fill_buf() {
@@ -266,8 +285,11 @@ impl DataConn {
 
 /// Reads what plaintext there is; 0 if none.
 fn read_plain(tls: &mut rustls::Connection, out: &mut [u8]) -> Result<usize, ConnError> {
+    if out.is_empty() {
+        return Ok(0);
+    }
     match tls.reader().read(out) {
-        Ok(0) if !out.is_empty() => Err(ConnError::Closed),
+        Ok(0) => Err(ConnError::Closed),
         Ok(count) => Ok(count),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(ConnError::Closed),

@@ -1,6 +1,6 @@
 //! A device on its thread: what it owns, and the loop that serves it.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::RawFd;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Mutex};
@@ -83,6 +83,8 @@ pub(crate) struct Device {
     pub(crate) handover: Handover,
     pub(crate) open_claim: Option<OpenClaim>,
     pub(crate) exchange: Option<Box<Exchange>>,
+    /// Reads of the guest that an exchange had begun here when it was cut over, by step.
+    pub(crate) late_reads: HashMap<u64, usize>,
     pub(crate) retired: bool,
     pub(crate) counters: Counters,
     /// Connections whose turn ended before their data did.
@@ -133,6 +135,7 @@ impl Device {
             handover,
             open_claim: None,
             exchange: None,
+            late_reads: HashMap::new(),
             retired: false,
             counters: Counters::new(),
             more_to_read: Vec::new(),

@@ -314,6 +314,10 @@ impl Device {
 
     /// A step at the local side has ended.
     pub(crate) fn step_done(&mut self, step: u64, status: Status) {
+        if let Some(key) = self.late_reads.remove(&step) {
+            self.guest_done(key, status);
+            return;
+        }
         self.pull(|pull, now, out| pull.step_done(StepId(step), outcome_of(status), false, now, out));
         self.pull(|pull, now, out| pull.tick(now, out));
         self.end_exchange_if_idle();
@@ -393,6 +397,7 @@ impl Device {
         let Some(mut exchange) = self.exchange.take() else { return };
         exchange.pull.cut_committed();
         let waiting = exchange.pull.take_waiting();
+        self.late_reads = exchange.pull.local_reads().map(|(step, op)| (step.0, op.0 as usize)).collect();
         let Exchange { local, map_path, .. } = *exchange;
         self.local = Some(local);
         self.client = None;

@@ -121,7 +121,14 @@ impl Device {
 
     /// Connects the VMM that waits, unless requests of its predecessor still run.
     fn take_next_vmm(&mut self) {
-        if self.requests.orphans() > 0 || self.port.connection.is_some() {
+        if self.port.connection.is_some() || self.port.next_connection.is_none() {
+            return;
+        }
+        if self.serving() == Serving::Guest {
+            // Requests of a VMM that is gone: those that are marked in flight come again with the new one.
+            self.drop_guest_requests(None);
+        }
+        if self.requests.orphans() > 0 {
             return;
         }
         let Some(socket) = self.port.next_connection.take() else { return };
@@ -177,7 +184,9 @@ impl Device {
         if had_rings {
             self.rings_all_stopped();
         }
-        if self.serving() != Serving::Nobody {
+        // A VMM that stopped its rings first may have handed its guest to another host: what is in flight may still
+        // be claimed there.
+        if self.serving() != Serving::Nobody && (had_rings || self.offered_to().is_none()) {
             self.drop_guest_requests(None);
         }
         self.notice(Notice::Vmm { connected: false, reason: Some(reason.to_owned()) });

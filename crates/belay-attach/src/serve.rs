@@ -82,11 +82,6 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Operations at the backend for peers.
-    pub(crate) fn in_flight(&self) -> usize {
-        self.ops.len()
-    }
-
     /// The connection of the guest's channel.
     pub(crate) fn guest_session(&mut self) -> Option<&mut Session> {
         self.sessions.iter_mut().map(|(_, session)| session).find(|session| session.channel == Channel::Guest)

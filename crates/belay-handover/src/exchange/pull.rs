@@ -351,6 +351,14 @@ impl Pull {
         self.allowance = 0.0;
     }
 
+    /// Guest reads that are being executed here; after [`Pull::cut_committed`] their ends are the driver's.
+    pub fn local_reads(&self) -> impl Iterator<Item = (StepId, OpId)> + '_ {
+        self.steps.iter().filter_map(|(step, what)| match what {
+            Step::ReadLocal(op) => Some((*step, *op)),
+            _ => None,
+        })
+    }
+
     /// Guest operations that wait and have not begun; after [`Pull::cut_committed`] or when abandoned they are the
     /// driver's to execute.
     pub fn take_waiting(&mut self) -> Vec<OpId> {
@@ -383,6 +391,8 @@ impl Pull {
     fn begin(&mut self, op: OpId, out: &mut Vec<Action>) -> bool {
         let Some(entry) = self.ops.get(&op).copied() else { return true };
         match entry.kind {
+            // While the cut-over is under way the old backing may go at any time: a flush waits for the new one.
+            GuestKind::Flush if self.phase != Phase::Copying => false,
             GuestKind::Flush => {
                 self.ops.entry(op).and_modify(|entry| entry.pending = 2);
                 let step = self.step(Step::FlushOp(op));

@@ -1,0 +1,168 @@
+//! A synthetic VM moves between two devices' threads under load: every request is checked.
+
+mod support;
+
+use belay_attach::{Command, ExchangeOptions, Role};
+use support::guest::Guest;
+use support::{Host, Net, identity, wait_for};
+
+const SIZE: u64 = 8 << 20;
+const BLOCKS: u64 = SIZE / 4096;
+
+fn options(net: &Net, name: &str) -> ExchangeOptions {
+    ExchangeOptions { map_path: net.path(name), bandwidth: None, in_flight_bytes: 1 << 20, echo: true }
+}
+
+/// Moves the guest from `from` to a new host; the requests in flight go along.
+fn migrate(
+    net: &Net,
+    guest: &mut Guest,
+    from: &mut Host,
+    id: &belay_wire::DeviceIdentity,
+    epoch: u64,
+    leg: u32,
+) -> Host {
+    let mut to = Host::new(net, id, epoch, Role::Successor { from: "peer".into() });
+    to.peer(from);
+    from.handle.send(Command::Offer { to: "peer".into() });
+    wait_for(&mut to, from, "Prepared");
+    let socket = net.path(&format!("vmm-{leg}.sock"));
+    to.listen(&socket);
+    guest.run(200, 16);
+    guest.stop();
+    guest.migrate_away();
+    guest.connect(&socket);
+    guest.fresh_inflight_region();
+    guest.start();
+    wait_for(&mut to, from, "Attached");
+    to
+}
+
+/// Copies the device to its new host under load, and lets the old one go.
+fn exchange(net: &Net, guest: &mut Guest, old: &mut Host, new: &mut Host, leg: u32) {
+    let local = net.image(&format!("leg-{leg}.img"), SIZE).build(belay_attach::BACKEND_OWNER).unwrap();
+    new.handle.send(Command::StartExchange { local, options: options(net, &format!("leg-{leg}.map")) });
+    let (mut retiring, mut committed) = (false, false);
+    guest.run_until(16, |_| {
+        old.pump();
+        new.pump();
+        assert!(!new.has_seen("ExchangePaused"));
+        if new.has_seen("ReadyToCut") && !retiring {
+            retiring = true;
+            old.handle.send(Command::Retire);
+        }
+        if old.has_seen("Retired") && !committed {
+            committed = true;
+            new.handle.send(Command::CutCommitted);
+        }
+        new.has_seen("ExchangeDone")
+    });
+}
+
+fn start(net: &Net, queues: u16, delay_us: u64, seed: u64) -> (belay_wire::DeviceIdentity, Host, Guest) {
+    let id = identity(queues, SIZE);
+    let host = Host::new(net, &id, 1, Role::Local);
+    let mut spec = net.image("a.img", SIZE);
+    spec.delay_us = (delay_us > 0).then_some(delay_us);
+    host.backend(&spec);
+    let socket = net.path("vmm-0.sock");
+    host.listen(&socket);
+    let mut guest = Guest::new(usize::from(queues), BLOCKS, seed);
+    guest.connect(&socket);
+    guest.fresh_inflight_region();
+    guest.start();
+    (id, host, guest)
+}
+
+#[test]
+fn local_requests_are_right() {
+    let net = Net::new();
+    let (_, _host, mut guest) = start(&net, 4, 0, 1);
+    guest.run(5000, 16);
+    guest.verify();
+}
+
+#[test]
+fn pause_and_resume_completes_what_was_in_flight() {
+    let net = Net::new();
+    let (_, _host, mut guest) = start(&net, 2, 500, 2);
+    for _ in 0..20 {
+        guest.run(100, 16);
+        guest.stop();
+        assert!(guest.in_flight() > 0);
+        guest.start();
+    }
+    guest.verify();
+}
+
+#[test]
+fn reset_with_requests_in_flight_leaves_nothing_for_the_new_rings() {
+    let net = Net::new();
+    let (_, _host, mut guest) = start(&net, 2, 2000, 3);
+    for _ in 0..10 {
+        guest.run(50, 16);
+        guest.stop();
+        guest.reset();
+        guest.fresh_inflight_region();
+        guest.start();
+    }
+    guest.run(200, 16);
+    guest.verify();
+}
+
+#[test]
+fn handover_moves_the_guest_with_its_requests_in_flight() {
+    let net = Net::new();
+    let (id, mut a, mut guest) = start(&net, 4, 1000, 4);
+    let mut b = migrate(&net, &mut guest, &mut a, &id, 1, 1);
+    guest.run(1000, 16);
+    guest.verify();
+    assert_eq!(b.snapshot().state, "remote");
+    b.pump();
+    assert!(a.has_seen("Granted"));
+}
+
+#[test]
+fn exchange_under_load_then_back_again() {
+    let net = Net::new();
+    let (id, mut a, mut guest) = start(&net, 2, 0, 5);
+    for leg in 1..=4u32 {
+        let mut b = migrate(&net, &mut guest, &mut a, &id, u64::from(leg), leg);
+        exchange(&net, &mut guest, &mut a, &mut b, leg);
+        guest.run(300, 16);
+        guest.verify();
+        a = b;
+    }
+}
+
+#[test]
+fn handover_taken_back_before_the_claim_leaves_the_guest_where_it_was() {
+    let net = Net::new();
+    let (id, mut a, mut guest) = start(&net, 2, 1000, 6);
+    let mut b = Host::new(&net, &id, 1, Role::Successor { from: "peer".into() });
+    b.peer(&a);
+    a.handle.send(Command::Offer { to: "peer".into() });
+    wait_for(&mut b, &mut a, "Prepared");
+    for _ in 0..5 {
+        guest.run(100, 16);
+        guest.stop();
+        guest.start();
+    }
+    a.handle.send(Command::Withdraw);
+    wait_for(&mut a, &mut b, "Withdrawn");
+    guest.run(500, 16);
+    guest.verify();
+    assert!(!b.has_seen("Attached"));
+}
+
+#[test]
+fn many_handovers_under_load_lose_and_double_nothing() {
+    let net = Net::new();
+    let (id, mut a, mut guest) = start(&net, 2, 300, 7);
+    for leg in 1..=25u32 {
+        let mut b = migrate(&net, &mut guest, &mut a, &id, u64::from(leg), leg);
+        exchange(&net, &mut guest, &mut a, &mut b, leg);
+        a = b;
+    }
+    guest.verify();
+}

@@ -1,0 +1,445 @@
+//! A VM in miniature: guest memory in a memfd, several split rings in it, a driver that checks every request, and
+//! rust-vmm's vhost-user front-end. "Live migration" is connecting the same memory to another back-end.
+
+use std::collections::HashMap;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::time::{Duration, Instant};
+
+use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vmm_sys_util::eventfd::EventFd;
+
+pub const RING_SIZE: u16 = 128;
+const QUEUE_STRIDE: usize = 0x1_0000;
+const AVAIL: usize = 0x2000;
+const USED: usize = 0x3000;
+const BUFFERS: usize = 0x40_0000;
+const SLOT_STRIDE: usize = 16 << 10;
+const DATA: usize = 4096;
+const MEMORY: usize = 64 << 20;
+/// Requests that a queue can have in flight: three descriptors each.
+pub const SLOTS: usize = 40;
+pub const BLOCK: usize = 4096;
+/// A lost completion would wait for ever: that long is "for ever".
+const PATIENCE: Duration = Duration::from_secs(30);
+
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 33) % limit
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Doing {
+    Read { block: u64 },
+    Write { block: u64, version: u64 },
+    Flush,
+}
+
+struct Connection {
+    frontend: Frontend,
+    kicks: Vec<EventFd>,
+    calls: Vec<EventFd>,
+}
+
+pub struct Guest {
+    memory: OwnedFd,
+    base: *mut u8,
+    queues: usize,
+    blocks: u64,
+    avail: Vec<u16>,
+    seen: Vec<u16>,
+    in_flight: HashMap<(usize, usize), Doing>,
+    /// Version of each block's last acknowledged write.
+    versions: HashMap<u64, u64>,
+    next_version: u64,
+    pub completed: u64,
+    pub errors: u64,
+    connection: Option<Connection>,
+    inflight_region: Option<(VhostUserInflight, std::fs::File)>,
+    pub bases: Vec<u16>,
+    pub random: Random,
+}
+
+impl Guest {
+    pub fn new(queues: usize, blocks: u64, seed: u64) -> Self {
+        let memory = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&memory, MEMORY as u64).unwrap();
+        // SAFETY: a fresh shared mapping of a memfd that is as long.
+        let base = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                MEMORY,
+                rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE,
+                rustix::mm::MapFlags::SHARED,
+                &memory,
+                0,
+            )
+        }
+        .unwrap()
+        .cast();
+        Self {
+            memory,
+            base,
+            queues,
+            blocks,
+            avail: vec![0; queues],
+            seen: vec![0; queues],
+            in_flight: HashMap::new(),
+            versions: HashMap::new(),
+            next_version: 1,
+            completed: 0,
+            errors: 0,
+            connection: None,
+            inflight_region: None,
+            bases: vec![0; queues],
+            random: Random(seed),
+        }
+    }
+
+    fn put(&self, at: usize, bytes: &[u8]) {
+        assert!(at + bytes.len() <= MEMORY);
+        // SAFETY: inside the mapping.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base.add(at), bytes.len()) };
+    }
+
+    fn get<const N: usize>(&self, at: usize) -> [u8; N] {
+        assert!(at + N <= MEMORY);
+        let mut out = [0; N];
+        // SAFETY: inside the mapping.
+        unsafe { std::ptr::copy_nonoverlapping(self.base.add(at), out.as_mut_ptr(), N) };
+        out
+    }
+
+    fn index(&self, at: usize) -> &AtomicU16 {
+        // SAFETY: inside the mapping, aligned, and only ever accessed as an atomic by this test.
+        unsafe { &*self.base.add(at).cast::<AtomicU16>() }
+    }
+
+    fn ring(&self, queue: usize) -> usize {
+        queue * QUEUE_STRIDE
+    }
+
+    fn slot(&self, queue: usize, slot: usize) -> usize {
+        BUFFERS + (queue * SLOTS + slot) * SLOT_STRIDE
+    }
+
+    /// Connects to a back-end as QEMU does; rings start at the bases of the last stop.
+    pub fn connect(&mut self, socket: &Path) {
+        let mut frontend = Frontend::connect(socket, self.queues as u64).unwrap();
+        let features = frontend.get_features().unwrap();
+        let protocol = frontend.get_protocol_features().unwrap();
+        frontend.set_protocol_features(protocol).unwrap();
+        assert!(protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD));
+        frontend.set_owner().unwrap();
+        // Everything but LOG_ALL and the event index, which this little driver does not use.
+        frontend.set_features(features & !(1 << 26) & !(1 << 29)).unwrap();
+        let kicks = (0..self.queues).map(|_| EventFd::new(libc::EFD_NONBLOCK).unwrap()).collect();
+        let calls = (0..self.queues).map(|_| EventFd::new(libc::EFD_NONBLOCK).unwrap()).collect();
+        self.connection = Some(Connection { frontend, kicks, calls });
+    }
+
+    /// A region of a new life (a fresh VMM, a reset): nothing in flight.
+    pub fn fresh_inflight_region(&mut self) {
+        let frontend = &mut self.connection.as_mut().unwrap().frontend;
+        let want = VhostUserInflight {
+            mmap_size: 0,
+            mmap_offset: 0,
+            num_queues: self.queues as u16,
+            queue_size: RING_SIZE,
+        };
+        self.inflight_region = Some(frontend.get_inflight_fd(&want).unwrap());
+    }
+
+    /// Starts the rings.
+    pub fn start(&mut self) {
+        let memory = VhostUserMemoryRegionInfo {
+            guest_phys_addr: 0,
+            memory_size: MEMORY as u64,
+            userspace_addr: self.base as u64,
+            mmap_offset: 0,
+            mmap_handle: self.memory.as_raw_fd(),
+        };
+        let connection = self.connection.as_mut().unwrap();
+        if let Some((region, file)) = &self.inflight_region {
+            connection.frontend.set_inflight_fd(region, file.as_raw_fd()).unwrap();
+        }
+        connection.frontend.set_mem_table(&[memory]).unwrap();
+        for queue in 0..self.queues {
+            let ring = self.base as u64 + (queue * QUEUE_STRIDE) as u64;
+            let frontend = &mut connection.frontend;
+            frontend.set_vring_num(queue, RING_SIZE).unwrap();
+            frontend.set_vring_base(queue, self.bases[queue]).unwrap();
+            let config = VringConfigData {
+                queue_max_size: RING_SIZE,
+                queue_size: RING_SIZE,
+                flags: 0,
+                desc_table_addr: ring,
+                avail_ring_addr: ring + AVAIL as u64,
+                used_ring_addr: ring + USED as u64,
+                log_addr: None,
+            };
+            frontend.set_vring_addr(queue, &config).unwrap();
+            frontend.set_vring_call(queue, &connection.calls[queue]).unwrap();
+            connection.kicks[queue].write(1).unwrap();
+            frontend.set_vring_kick(queue, &connection.kicks[queue]).unwrap();
+            frontend.set_vring_enable(queue, true).unwrap();
+        }
+    }
+
+    /// Stops the rings, as at a pause or at the switchover.
+    pub fn stop(&mut self) {
+        let connection = self.connection.as_mut().unwrap();
+        for queue in 0..self.queues {
+            connection.frontend.set_vring_enable(queue, false).unwrap();
+        }
+        for queue in 0..self.queues {
+            self.bases[queue] = connection.frontend.get_vring_base(queue).unwrap() as u16;
+        }
+    }
+
+    pub fn disconnect(&mut self) {
+        self.connection = None;
+    }
+
+    /// The back-end has died: its rings begin where the used ring ends, the in-flight region tells the rest.
+    pub fn lose_connection(&mut self) {
+        self.connection = None;
+        for queue in 0..self.queues {
+            self.bases[queue] = self.index(self.ring(queue) + USED + 2).load(Ordering::Acquire);
+        }
+    }
+
+    /// The VM moves: the region of in-flight requests stays behind.
+    pub fn migrate_away(&mut self) {
+        self.connection = None;
+        self.inflight_region = None;
+    }
+
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// Forgets everything, as a reset does; used and available rings begin anew.
+    pub fn reset(&mut self) {
+        // A write that was in flight may or may not have happened: such blocks are not checked any more.
+        let lost: Vec<Doing> = self.in_flight.drain().map(|(_, doing)| doing).collect();
+        for doing in lost {
+            if let Doing::Write { block, .. } = doing {
+                self.versions.remove(&block);
+            }
+        }
+        for queue in 0..self.queues {
+            let ring = self.ring(queue);
+            self.put(ring, &[0; 0x4000]);
+            self.avail[queue] = 0;
+            self.seen[queue] = 0;
+            self.bases[queue] = 0;
+        }
+    }
+
+    fn fill(version: u64, block: u64) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(BLOCK);
+        while bytes.len() < BLOCK {
+            bytes.extend(version.to_le_bytes());
+            bytes.extend(block.to_le_bytes());
+        }
+        bytes
+    }
+
+    fn busy(&self, wanted: u64) -> bool {
+        self.in_flight.values().any(|doing| match doing {
+            Doing::Read { block } | Doing::Write { block, .. } => *block == wanted,
+            Doing::Flush => false,
+        })
+    }
+
+    /// Offers one more request on this queue, if it has room.
+    pub fn offer(&mut self, queue: usize) -> bool {
+        let Some(slot) = (0..SLOTS).find(|slot| !self.in_flight.contains_key(&(queue, *slot))) else {
+            return false;
+        };
+        let block = self.random.below(self.blocks);
+        let doing = match self.random.below(20) {
+            0 => Doing::Flush,
+            _ if self.busy(block) => return false,
+            1..=10 => {
+                self.next_version += 1;
+                Doing::Write { block, version: self.next_version }
+            }
+            _ => Doing::Read { block },
+        };
+        self.write_request(queue, slot, doing);
+        self.in_flight.insert((queue, slot), doing);
+        true
+    }
+
+    fn write_request(&mut self, queue: usize, slot: usize, doing: Doing) {
+        let at = self.slot(queue, slot);
+        let (number, block) = match doing {
+            Doing::Read { block } => (0u32, block),
+            Doing::Write { block, version } => {
+                self.put(at + DATA, &Self::fill(version, block));
+                (1, block)
+            }
+            Doing::Flush => (4, 0),
+        };
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&number.to_le_bytes());
+        header[8..].copy_from_slice(&(block * (BLOCK as u64 / 512)).to_le_bytes());
+        self.put(at, &header);
+        self.put(at + 16, &[0xff]);
+        if number == 0 {
+            self.put(at + DATA, &[0xa5; BLOCK]);
+        }
+        let head = (slot * 3) as u16;
+        let (next, write) = (1u16, 2u16);
+        self.descriptor(queue, head, at, 16, next, head + 1);
+        match number {
+            4 => self.descriptor(queue, head + 1, at + 16, 1, write, 0),
+            _ => {
+                let flags = next | if number == 0 { write } else { 0 };
+                self.descriptor(queue, head + 1, at + DATA, BLOCK, flags, head + 2);
+                self.descriptor(queue, head + 2, at + 16, 1, write, 0);
+            }
+        }
+        let ring = self.ring(queue);
+        let position = usize::from(self.avail[queue] % RING_SIZE);
+        self.put(ring + AVAIL + 4 + position * 2, &head.to_le_bytes());
+        self.avail[queue] = self.avail[queue].wrapping_add(1);
+        self.index(ring + AVAIL + 2).store(self.avail[queue], Ordering::Release);
+    }
+
+    fn descriptor(&self, queue: usize, index: u16, addr: usize, len: usize, flags: u16, next: u16) {
+        let at = self.ring(queue) + usize::from(index) * 16;
+        self.put(at, &(addr as u64).to_le_bytes());
+        self.put(at + 8, &(len as u32).to_le_bytes());
+        self.put(at + 12, &flags.to_le_bytes());
+        self.put(at + 14, &next.to_le_bytes());
+    }
+
+    pub fn kick(&self, queue: usize) {
+        fence(Ordering::SeqCst);
+        self.connection.as_ref().unwrap().kicks[queue].write(1).unwrap();
+    }
+
+    /// Takes completions and checks them. Returns how many there were.
+    pub fn reap(&mut self) -> usize {
+        let mut count = 0;
+        for queue in 0..self.queues {
+            let used = self.ring(queue) + USED;
+            let end = self.index(used + 2).load(Ordering::Acquire);
+            while self.seen[queue] != end {
+                let position = usize::from(self.seen[queue] % RING_SIZE);
+                let id = u32::from_le_bytes(self.get(used + 4 + position * 8));
+                let written = u32::from_le_bytes(self.get(used + 8 + position * 8));
+                self.seen[queue] = self.seen[queue].wrapping_add(1);
+                self.complete(queue, id, written);
+                count += 1;
+            }
+        }
+        count
+    }
+
+    fn complete(&mut self, queue: usize, id: u32, written: u32) {
+        let slot = id as usize / 3;
+        let doing =
+            self.in_flight.remove(&(queue, slot)).unwrap_or_else(|| panic!("head {id} completed twice"));
+        let at = self.slot(queue, slot);
+        let [status] = self.get::<1>(at + 16);
+        self.completed += 1;
+        if status != 0 {
+            self.errors += 1;
+            return;
+        }
+        match doing {
+            Doing::Flush => assert_eq!(written, 1),
+            Doing::Write { block, version } => {
+                assert_eq!(written, 1);
+                self.versions.insert(block, version);
+            }
+            Doing::Read { block } => {
+                assert_eq!(written as usize, BLOCK + 1);
+                let bytes = self.get::<BLOCK>(at + DATA);
+                let want =
+                    self.versions.get(&block).map_or(vec![0; BLOCK], |version| Self::fill(*version, block));
+                if self.versions.contains_key(&block) || bytes == [0; BLOCK] {
+                    assert!(
+                        bytes[..] == want[..],
+                        "block {block} reads {:?}, want {:?}",
+                        &bytes[..16],
+                        &want[..16]
+                    );
+                }
+            }
+        }
+    }
+
+    /// Keeps the queues full until so many more requests have completed.
+    pub fn run(&mut self, requests: u64, depth: usize) {
+        let target = self.completed + requests;
+        self.run_until(depth, |guest| guest.completed >= target);
+    }
+
+    /// Keeps the queues full until `done`; it is asked again and again.
+    pub fn run_until(&mut self, depth: usize, mut done: impl FnMut(&Self) -> bool) {
+        let mut deadline = Instant::now() + PATIENCE;
+        while !done(self) {
+            for queue in 0..self.queues {
+                let mut offered = false;
+                while self.in_flight.keys().filter(|(q, _)| *q == queue).count() < depth && self.offer(queue)
+                {
+                    offered = true;
+                }
+                if offered {
+                    self.kick(queue);
+                }
+            }
+            if self.reap() == 0 {
+                assert!(Instant::now() < deadline, "stuck with {} requests in flight", self.in_flight.len());
+                std::thread::yield_now();
+            } else {
+                deadline = Instant::now() + PATIENCE;
+            }
+        }
+    }
+
+    /// Waits until nothing is in flight.
+    pub fn drain(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.in_flight.is_empty() {
+            if self.reap() == 0 {
+                assert!(Instant::now() < deadline, "stuck with {} requests in flight", self.in_flight.len());
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// Reads every block that was ever written.
+    pub fn verify(&mut self) {
+        self.drain();
+        let mut blocks: Vec<u64> = self.versions.keys().copied().collect();
+        blocks.sort_unstable();
+        for block in blocks {
+            let doing = Doing::Read { block };
+            self.write_request(0, 0, doing);
+            self.in_flight.insert((0, 0), doing);
+            self.kick(0);
+            self.drain();
+        }
+        assert_eq!(self.errors, 0);
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new`, nothing refers to it any more.
+        let _ = unsafe { rustix::mm::munmap(self.base.cast(), MEMORY) };
+    }
+}

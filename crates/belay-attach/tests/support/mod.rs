@@ -1,0 +1,222 @@
+//! Two hosts in miniature: devices' threads, real connections between them, and a control plane that says yes.
+#![allow(
+    unsafe_code,
+    dead_code,
+    unreachable_pub,
+    reason = "a guest's memory; every test file uses its own part"
+)]
+
+pub mod guest;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use belay_attach::{
+    BACKEND_OWNER, Command, DeviceConfig, DeviceHandle, LinkTimes, Notice, PeerSocket, Role, Snapshot,
+    read_open,
+};
+use belay_block::BackendSpec;
+use belay_link::{HostName, Identity, Incoming, Listener, ListenerOptions, dial_data};
+use belay_wire::device::{BlockGeometry, DeviceClass};
+use belay_wire::{DeviceId, DeviceIdentity, Epoch};
+use tokio::runtime::Runtime;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+pub fn identity(queues: u16, size_bytes: u64) -> DeviceIdentity {
+    DeviceIdentity {
+        id: DeviceId::random(),
+        name: "disk0".to_owned(),
+        vm: None,
+        class: DeviceClass::Block(BlockGeometry {
+            size_bytes,
+            block_bytes: 512,
+            queues,
+            queue_entries: 256,
+            read_only: false,
+            serial: "belay-test".to_owned(),
+        }),
+    }
+}
+
+/// A network with certificates: one host name, reached at its listener. The tests are about what comes behind.
+pub struct Net {
+    pub runtime: Runtime,
+    identity: Arc<Identity>,
+    folder: tempfile::TempDir,
+}
+
+impl Net {
+    pub fn new() -> Self {
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let name = HostName::new("peer").unwrap();
+        let identity = Arc::new(belay_link::init(&folder.path().join("pki"), &name).unwrap());
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        Self { runtime, identity, folder }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub fn image(&self, name: &str, size_bytes: u64) -> BackendSpec {
+        let path = self.path(name);
+        std::fs::File::create(&path).unwrap().set_len(size_bytes).unwrap();
+        BackendSpec::file(path)
+    }
+}
+
+/// A device's thread with a control plane around it.
+pub struct Host {
+    pub handle: DeviceHandle,
+    notices: Receiver<Notice>,
+    seen: Vec<String>,
+    address: SocketAddr,
+    peer_address: Arc<Mutex<Option<SocketAddr>>>,
+    identity: Arc<Identity>,
+    runtime: tokio::runtime::Handle,
+    pub auto_grant: bool,
+}
+
+impl Host {
+    pub fn new(net: &Net, identity: &DeviceIdentity, epoch: u64, role: Role) -> Self {
+        let config = DeviceConfig {
+            identity: identity.clone(),
+            epoch: Epoch(epoch),
+            role,
+            link: LinkTimes::default(),
+            spin: Duration::from_micros(20),
+        };
+        let (handle, notices) = DeviceHandle::spawn(config).unwrap();
+        let listener = net.runtime.block_on(Listener::bind(
+            "127.0.0.1:0".parse().unwrap(),
+            Arc::clone(&net.identity),
+            ListenerOptions::default(),
+        ));
+        let mut listener = listener.unwrap();
+        let address = listener.local_address();
+        let accepting = handle.clone();
+        net.runtime.spawn(async move {
+            while let Some(incoming) = listener.next().await {
+                let Incoming::Data(data) = incoming else { continue };
+                let accepting = accepting.clone();
+                tokio::task::spawn_blocking(move || {
+                    let socket = PeerSocket {
+                        peer: data.peer.to_string(),
+                        socket: data.socket,
+                        tls: data.tls,
+                        early: data.early,
+                    };
+                    if let Ok((socket, open, epoch)) = read_open(socket, PATIENCE) {
+                        accepting.send(Command::Accept { socket, open, epoch });
+                    }
+                });
+            }
+        });
+        Self {
+            handle,
+            notices,
+            seen: Vec::new(),
+            address,
+            peer_address: Arc::default(),
+            identity: Arc::clone(&net.identity),
+            runtime: net.runtime.handle().clone(),
+            auto_grant: true,
+        }
+    }
+
+    pub fn backend(&self, spec: &BackendSpec) {
+        self.handle.send(Command::SetBackend(spec.build(BACKEND_OWNER).unwrap()));
+    }
+
+    pub fn listen(&self, path: &Path) {
+        let _ = std::fs::remove_file(path);
+        self.handle.send(Command::Listen(std::os::unix::net::UnixListener::bind(path).unwrap()));
+    }
+
+    pub fn peer(&self, other: &Self) {
+        *self.peer_address.lock().unwrap() = Some(other.address);
+    }
+
+    fn dial(&self, channel: belay_wire::control::Channel) {
+        let (identity, peer, handle) =
+            (Arc::clone(&self.identity), Arc::clone(&self.peer_address), self.handle.clone());
+        self.runtime.spawn(async move {
+            loop {
+                let address = *peer.lock().unwrap();
+                if let Some(address) = address {
+                    let name = HostName::new("peer").unwrap();
+                    let dialled =
+                        dial_data(&[address.to_string()], &name, &identity, Duration::from_secs(5)).await;
+                    if let Ok(data) = dialled {
+                        let socket = PeerSocket {
+                            peer: data.peer.to_string(),
+                            socket: data.socket,
+                            tls: data.tls,
+                            early: data.early,
+                        };
+                        handle.send(Command::Connected { channel, socket });
+                        return;
+                    }
+                }
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        });
+    }
+
+    fn answer(&mut self, notice: Notice) -> String {
+        let text = format!("{notice:?}");
+        match notice {
+            Notice::NeedConnection { channel, .. } => self.dial(channel),
+            Notice::Claimed { epoch, .. } if self.auto_grant => {
+                self.handle.send(Command::GrantDurable { epoch })
+            }
+            _ => {}
+        }
+        self.seen.push(text.clone());
+        text
+    }
+
+    /// Handles what the thread has said, without waiting.
+    pub fn pump(&mut self) {
+        while let Ok(notice) = self.notices.try_recv() {
+            self.answer(notice);
+        }
+    }
+
+    pub fn forget(&mut self) {
+        self.pump();
+        self.seen.clear();
+    }
+
+    pub fn has_seen(&self, what: &str) -> bool {
+        self.seen.iter().any(|seen| seen.starts_with(what))
+    }
+
+    pub fn snapshot(&self) -> Snapshot {
+        self.handle.snapshot()
+    }
+}
+
+/// Handles both hosts' notices until one has said `what`.
+pub fn wait_for(host: &mut Host, other: &mut Host, what: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        other.pump();
+        if host.has_seen(what) {
+            return;
+        }
+        match host.notices.recv_timeout(Duration::from_millis(1)) {
+            Ok(notice) => {
+                host.answer(notice);
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => panic!("the thread is gone; it said {:?}", host.seen),
+        }
+        assert!(Instant::now() < deadline, "no {what}; seen {:?} and {:?}", host.seen, other.seen);
+    }
+}

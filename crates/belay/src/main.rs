@@ -1,2 +1,32 @@
-//! The belay command
-fn main() {}
+//! The `belay` command: what people and scripts use. It asks the agent over its Unix socket; only `belay host`
+//! works on this host's keys itself.
+
+mod args;
+mod client;
+mod commands;
+mod error;
+mod model;
+mod output;
+mod progress;
+mod units;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::Cli;
+use crate::error::Failure;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let json = cli.json;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(commands::run(cli)),
+        Err(error) => Err(Failure::from(error)),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(json),
+    }
+}

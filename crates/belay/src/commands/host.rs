@@ -1,0 +1,89 @@
+//! `belay host`: works on this host's PKI directory; no agent is asked.
+
+use belay_link::{HostName, Identity, KnownHost};
+use serde_json::{Value, json};
+
+use super::Context;
+use crate::args::HostCommand;
+use crate::error::Failure;
+use crate::output::{self, Table};
+
+pub(super) async fn run(context: &Context, command: HostCommand) -> Result<(), Failure> {
+    let (value, text) = match command {
+        HostCommand::Init { name, pki } => {
+            let identity = belay_link::init(&pki.directory, &HostName::new(&name)?)?;
+            let text = format!(
+                "cluster {} made; {}\nnext: start `belay agent`, and let other hosts join with `belay host invite`",
+                identity.cluster(),
+                described(&identity)
+            );
+            (identity_json(&identity), text)
+        }
+        HostCommand::Join { token, name, addresses, pki } => {
+            let name = HostName::new(&name)?;
+            let joined = belay_link::join(&token, &pki.directory, &name, &addresses).await?;
+            let mut value = identity_json(&joined.identity);
+            value["hosts"] = hosts_json(&joined.hosts);
+            let text = format!(
+                "joined cluster {}; {}\nnext: start `belay agent`",
+                joined.identity.cluster(),
+                described(&joined.identity)
+            );
+            (value, text)
+        }
+        HostCommand::Invite { addresses, expires, pki } => {
+            let token = belay_link::invite(&pki.directory, &addresses, expires)?;
+            let value = json!({"token": token, "expires_seconds": expires.as_secs()});
+            (value, token)
+        }
+        HostCommand::List { pki } => {
+            let hosts = belay_link::known_hosts(&pki.directory)?;
+            (hosts_json(&hosts), table(&hosts))
+        }
+        HostCommand::Remove { name, pki } => {
+            let name = HostName::new(&name)?;
+            if !belay_link::forget(&pki.directory, &name)? {
+                return Err(Failure::failed(format!("host {name} is not known here"))
+                    .hint("`belay host list` shows the hosts that are"));
+            }
+            (json!({"removed": name.as_str()}), format!("host {name} removed"))
+        }
+        HostCommand::Renew { pki } => {
+            let identity = belay_link::renew(&pki.directory)?;
+            (identity_json(&identity), format!("certificate renewed; {}", described(&identity)))
+        }
+    };
+    if context.json { output::print_json(&value) } else { output::print(&text) }
+}
+
+fn described(identity: &Identity) -> String {
+    format!(
+        "this host is {}, its certificate is valid until {}",
+        identity.host(),
+        identity.not_after().date()
+    )
+}
+
+fn identity_json(identity: &Identity) -> Value {
+    json!({
+        "host": identity.host().as_str(),
+        "cluster": identity.cluster().to_string(),
+        "not_after_unix_seconds": identity.not_after().unix_timestamp(),
+        "pki": identity.directory(),
+    })
+}
+
+fn hosts_json(hosts: &[KnownHost]) -> Value {
+    hosts.iter().map(|host| json!({"name": host.name.as_str(), "addresses": host.addresses})).collect()
+}
+
+fn table(hosts: &[KnownHost]) -> String {
+    if hosts.is_empty() {
+        return "no other hosts; `belay host invite` makes a token for one".into();
+    }
+    let mut table = Table::new(&["HOST", "ADDRESSES"]);
+    for host in hosts {
+        table.row([host.name.as_str(), &host.addresses.join(", ")]);
+    }
+    table.text()
+}

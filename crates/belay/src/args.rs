@@ -338,7 +338,7 @@ Examples:
         #[command(flatten)]
         pki: Pki,
     },
-    /// List the other hosts of the cluster
+    /// List the hosts of the cluster
     #[command(after_help = "Example:\n  belay host list")]
     List {
         #[command(flatten)]

@@ -79,7 +79,7 @@ fn hosts_json(hosts: &[KnownHost]) -> Value {
 
 fn table(hosts: &[KnownHost]) -> String {
     if hosts.is_empty() {
-        return "no other hosts; `belay host invite` makes a token for one".into();
+        return "no hosts: `belay host init` makes a cluster, `belay host join` joins one".into();
     }
     let mut table = Table::new(&["HOST", "ADDRESSES"]);
     for host in hosts {

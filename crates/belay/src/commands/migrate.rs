@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::Context;
 use crate::args::MigrateArgs;
@@ -69,6 +70,8 @@ fn dry_run(context: &Context, value: &Value, operation: &Operation) -> Result<()
 
 /// Follows an operation to its end; Ctrl-C takes it back if that is still possible.
 async fn follow(context: &Context, first: Value) -> Result<(), Failure> {
+    // Kept for all of the time: a Ctrl-C while a question is under way counts too.
+    let mut interrupts = signal(SignalKind::interrupt())?;
     let mut value = first;
     let mut progress = Progress::new(context.json);
     let mut silent = 0;
@@ -81,9 +84,8 @@ async fn follow(context: &Context, first: Value) -> Result<(), Failure> {
         }
         tokio::select! {
             () = tokio::time::sleep(POLL_INTERVAL) => {}
-            pressed = tokio::signal::ctrl_c() => {
+            _ = interrupts.recv() => {
                 progress.finish();
-                pressed?;
                 return abort(context, &operation.id).await;
             }
         }
@@ -120,6 +122,8 @@ fn ended(context: &Context, value: &Value, operation: Operation) -> Result<(), F
         state => {
             if context.json {
                 output::print_json(value)?;
+            } else if operation.checks.iter().any(|check| !check.ok) {
+                output::print(&checks(&operation))?;
             }
             Err(failure(operation, state))
         }

@@ -117,8 +117,8 @@ impl Device {
 
     fn source_action(&mut self, action: SourceAction) -> Result<(), Refusal> {
         match action {
-            SourceAction::SendList(list) => self.to_successor(Header::new(FrameKind::List), &list.encode()),
-            SourceAction::RevokeList => self.to_successor(Header::new(FrameKind::ListRevoked), &[]),
+            SourceAction::SendList(list) => self.tell_successor(Header::new(FrameKind::List), &list.encode()),
+            SourceAction::RevokeList => self.tell_successor(Header::new(FrameKind::ListRevoked), &[]),
             SourceAction::Fence => {}
             SourceAction::Unfence => self.start_waiting_rings(),
             SourceAction::PersistGrant { to, epoch } => {
@@ -140,7 +140,7 @@ impl Device {
         Ok(())
     }
 
-    fn to_successor(&mut self, mut header: Header, payload: &[u8]) {
+    fn tell_successor(&mut self, mut header: Header, payload: &[u8]) {
         header.epoch = self.epoch;
         let now = self.now;
         if let Some(session) = self.server.guest_session() {

@@ -1,1 +1,148 @@
-//! The agent: owns devices, carries out decisions, serves the API, keeps the ledger
+//! The agent: owns the devices of a host, carries out decisions, serves the API, keeps the ledger.
+
+pub mod agent;
+pub mod api;
+pub mod config;
+pub mod device;
+pub mod error;
+pub mod events;
+mod exchange;
+pub mod ledger;
+pub mod metrics;
+pub mod migrate;
+pub mod operation;
+pub mod peer;
+pub mod view;
+pub mod vm;
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use belay_link::{Heartbeat, Identity, Incoming, Listener, ListenerOptions, PkiError, serve_control};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::agent::Agent;
+use crate::config::Config;
+use crate::ledger::Ledger;
+use crate::peer::Peers;
+
+/// How long a peer may take to say which device it wants.
+const OPEN_LIMIT: Duration = Duration::from_secs(10);
+
+/// Runs the agent until it is told to end.
+///
+/// # Errors
+/// It cannot start, or something that it cannot do without fails.
+pub fn run(config_path: &Path) -> anyhow::Result<()> {
+    let config = Config::load(config_path)?;
+    let filter = tracing_subscriber::EnvFilter::try_from_env("BELAY_LOG").unwrap_or_else(|_| "info".into());
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(serve(config))
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    for folder in [&config.state_dir, &config.runtime_dir] {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    }
+    let _lock = only_one(&config.state_dir)?;
+    let identity = match Identity::load(&config.pki_dir()) {
+        Ok(identity) => Some(Arc::new(identity)),
+        Err(PkiError::NotEnrolled { .. }) => {
+            tracing::warn!(
+                "this host belongs to no cluster: `belay host init` or `belay host join` changes that"
+            );
+            None
+        }
+        Err(error) => return Err(error).context("this host's certificate cannot be used"),
+    };
+    let ledger = Ledger::open(&config.state_dir.join("ledger.redb"))?;
+    let agent = Agent::new(config, identity.clone(), ledger);
+    if let Some(identity) = identity {
+        listen_to_peers(&agent, identity).await?;
+    }
+    agent.start_devices().await?;
+    agent.find_vms()?;
+    let socket = agent.config.api_socket();
+    let listener =
+        agent::listen(&socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
+    listener.set_nonblocking(true)?;
+    let listener = tokio::net::UnixListener::from_std(listener)?;
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    tracing::info!(host = %agent.host(), socket = %socket.display(), "ready");
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        served = axum::serve(listener, api::router(Arc::clone(&agent))) => served?,
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    tracing::info!("ending; VMs go on, and wait for the agent to come back");
+    for device in agent.devices() {
+        device.send(belay_attach::Command::Shutdown);
+        let _ = device.wait_for(0, &["Stopped"], Duration::from_secs(5)).await;
+    }
+    let _ = std::fs::remove_file(socket);
+    Ok(())
+}
+
+/// One agent per state directory.
+fn only_one(folder: &Path) -> anyhow::Result<File> {
+    let path = folder.join("lock");
+    let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(_) => anyhow::bail!("another agent uses {}", folder.display()),
+    }
+}
+
+async fn listen_to_peers(agent: &Arc<Agent>, identity: Arc<Identity>) -> anyhow::Result<()> {
+    let address = agent
+        .config
+        .link
+        .listen
+        .parse()
+        .with_context(|| format!("link.listen = {:?}", agent.config.link.listen))?;
+    let mut listener = Listener::bind(address, identity, ListenerOptions::default())
+        .await
+        .with_context(|| format!("cannot listen on {address}"))?;
+    let agent = Arc::clone(agent);
+    tokio::spawn(async move {
+        while let Some(incoming) = listener.next().await {
+            match incoming {
+                Incoming::Control(connection) => {
+                    let handler = Arc::new(Peers(Arc::clone(&agent)));
+                    tokio::spawn(async move {
+                        if let Err(error) = serve_control(connection, handler, Heartbeat::default()).await {
+                            tracing::debug!(%error, "a peer's control connection ended");
+                        }
+                    });
+                }
+                Incoming::Data(connection) => {
+                    let agent = Arc::clone(&agent);
+                    tokio::task::spawn_blocking(move || hand_over(&agent, *connection));
+                }
+                Incoming::Joined(host) => {
+                    agent.events.note("link", None, None, format!("host {} was enrolled", host.name))
+                }
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Gives a peer's data connection to the thread of the device that it asks for.
+fn hand_over(agent: &Agent, connection: belay_link::DataConnection) {
+    let peer = connection.peer.to_string();
+    match belay_attach::read_open(agent::peer_socket(connection), OPEN_LIMIT) {
+        Ok((socket, open, epoch)) => match agent.device_by_id(open.device) {
+            Some(device) => device.send(belay_attach::Command::Accept { socket, open, epoch }),
+            None => tracing::warn!(%peer, device = %open.device, "a peer asks for a device that is not here"),
+        },
+        Err(error) => tracing::warn!(%peer, %error, "a peer's data connection was closed"),
+    }
+}

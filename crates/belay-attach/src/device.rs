@@ -83,6 +83,7 @@ pub(crate) struct Device {
     pub(crate) handover: Handover,
     pub(crate) open_claim: Option<OpenClaim>,
     pub(crate) exchange: Option<Box<Exchange>>,
+    pub(crate) last_exchange: Option<crate::ExchangeProgress>,
     /// Reads of the guest that an exchange had begun here when it was cut over, by step.
     pub(crate) late_reads: HashMap<u64, usize>,
     pub(crate) retired: bool,
@@ -135,6 +136,7 @@ impl Device {
             handover,
             open_claim: None,
             exchange: None,
+            last_exchange: None,
             late_reads: HashMap::new(),
             retired: false,
             counters: Counters::new(),
@@ -611,6 +613,7 @@ impl Device {
             link_out_bytes: link_out,
             served: self.counters.served,
             exchange: self.exchange.as_ref().map(|exchange| exchange.progress()),
+            last_exchange: self.last_exchange,
         }
     }
 }

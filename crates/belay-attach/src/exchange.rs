@@ -395,6 +395,7 @@ impl Device {
     /// The old backing has committed: the local side is the device now.
     pub(crate) fn cut_committed(&mut self) {
         let Some(mut exchange) = self.exchange.take() else { return };
+        self.last_exchange = Some(exchange.progress());
         exchange.pull.cut_committed();
         let waiting = exchange.pull.take_waiting();
         self.late_reads = exchange.pull.local_reads().map(|(step, op)| (step.0, op.0 as usize)).collect();

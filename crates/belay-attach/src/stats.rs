@@ -75,6 +75,8 @@ pub struct Snapshot {
     pub served: u64,
     /// The running exchange.
     pub exchange: Option<ExchangeProgress>,
+    /// The last one that was cut over here.
+    pub last_exchange: Option<ExchangeProgress>,
 }
 
 /// Counters that only the thread touches.

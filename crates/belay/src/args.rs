@@ -39,6 +39,19 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Run this host's agent
+    #[command(after_help = "\
+Examples:
+  belay agent --config /etc/belay/agent.toml
+  BELAY_LOG=debug belay agent --config agent.toml
+
+Every key of the configuration has a default: an empty file will do. The agent ends at SIGTERM;
+virtual machines go on, and their devices wait until it is back.")]
+    Agent {
+        /// The configuration file (TOML)
+        #[arg(long, default_value = "/etc/belay/agent.toml")]
+        config: std::path::PathBuf,
+    },
     /// Show devices, machines, hosts and what is going on
     #[command(after_help = "Examples:\n  belay status\n  belay status --watch\n  belay status --json")]
     Status {

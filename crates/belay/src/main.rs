@@ -20,6 +20,13 @@ use crate::error::Failure;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let json = cli.json;
+    if let args::Command::Agent { config } = &cli.command {
+        // It has a runtime of its own, with threads.
+        return match belay_agent::run(config) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => Failure::failed(format!("{error:#}")).report(json),
+        };
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = match runtime {
         Ok(runtime) => runtime.block_on(commands::run(cli)),

@@ -26,6 +26,7 @@ pub(crate) struct Context {
 pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
     let context = Context { client: Client::new(&cli.socket), json: cli.json };
     match cli.command {
+        Command::Agent { .. } => Err(Failure::failed("the agent is run before anything else")),
         Command::Status { watch } => status::run(&context, watch).await,
         Command::Events { follow } => events::run(&context, follow).await,
         Command::Device(command) => device::run(&context, command).await,

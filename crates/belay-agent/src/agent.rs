@@ -1,0 +1,537 @@
+//! The agent: what it owns, and how its devices start and change.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use belay_attach::{BACKEND_OWNER, Command, DeviceConfig, DeviceHandle, LinkTimes, Notice, PeerSocket, Role};
+use belay_block::{BackendSpec, OpenError};
+use belay_link::{
+    Backoff, ControlClient, ControlClientOptions, DataConnection, HostName, Identity, dial_data, known_hosts,
+};
+use belay_wire::control::Channel;
+use belay_wire::{DeviceId, Epoch};
+
+use crate::config::Config;
+use crate::device::{HandoverFigures, Managed};
+use crate::error::AgentError;
+use crate::events::Events;
+use crate::ledger::{DeviceRecord, Ledger, Mode, RoleRecord, SCHEMA};
+use crate::operation::Operations;
+use crate::vm::Vms;
+
+/// How long one attempt to connect may take.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a backend that another process holds is tried again.
+const LOCK_RETRY: Duration = Duration::from_millis(50);
+
+/// This host's agent.
+pub struct Agent {
+    /// Its configuration.
+    pub config: Config,
+    /// Who it is to others; without one it serves its own host only.
+    pub identity: Option<Arc<Identity>>,
+    /// What it knows durably.
+    pub ledger: Arc<Ledger>,
+    /// What has happened.
+    pub events: Events,
+    /// What is under way.
+    pub operations: Operations,
+    /// Its VMs.
+    pub vms: Vms,
+    devices: Mutex<BTreeMap<String, Arc<Managed>>>,
+    clients: Mutex<BTreeMap<String, ControlClient>>,
+}
+
+impl Agent {
+    /// An agent that has not started its devices.
+    #[must_use]
+    pub fn new(config: Config, identity: Option<Arc<Identity>>, ledger: Ledger) -> Arc<Self> {
+        Arc::new(Self {
+            config,
+            identity,
+            ledger: Arc::new(ledger),
+            events: Events::default(),
+            operations: Operations::default(),
+            vms: Vms::default(),
+            devices: Mutex::default(),
+            clients: Mutex::default(),
+        })
+    }
+
+    /// This host's name.
+    #[must_use]
+    pub fn host(&self) -> String {
+        let named = self.config.host_name.clone();
+        named
+            .or_else(|| self.identity.as_ref().map(|identity| identity.host().to_string()))
+            .unwrap_or_else(|| "localhost".to_owned())
+    }
+
+    /// All devices.
+    #[must_use]
+    pub fn devices(&self) -> Vec<Arc<Managed>> {
+        self.devices.lock().unwrap_or_else(std::sync::PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// A device by its name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn device(&self, name: &str) -> Result<Arc<Managed>, AgentError> {
+        let devices = self.devices.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        devices.get(name).cloned().ok_or_else(|| {
+            AgentError::not_found(format!("there is no device {name} on this host"))
+                .hint("`belay device list` shows those that are")
+        })
+    }
+
+    /// A device by its id.
+    #[must_use]
+    pub fn device_by_id(&self, id: DeviceId) -> Option<Arc<Managed>> {
+        self.devices().into_iter().find(|device| device.identity().id == id)
+    }
+
+    /// Writes a record durably, then remembers it.
+    ///
+    /// # Errors
+    /// The disk.
+    pub async fn record(&self, device: &Managed, epoch: Epoch, role: RoleRecord) -> Result<(), AgentError> {
+        let record = DeviceRecord { epoch, role, ..device.record() };
+        self.write_record(record.clone()).await?;
+        device.set_record(record);
+        Ok(())
+    }
+
+    /// Writes a record durably.
+    ///
+    /// # Errors
+    /// The disk.
+    pub async fn write_record(&self, record: DeviceRecord) -> Result<(), AgentError> {
+        let ledger = Arc::clone(&self.ledger);
+        tokio::task::spawn_blocking(move || ledger.put_device(&record))
+            .await
+            .map_err(|error| AgentError::failed(error.to_string()))?
+            .map_err(Into::into)
+    }
+
+    /// Starts every device of the ledger.
+    ///
+    /// # Errors
+    /// The ledger cannot be read, or a thread cannot be started.
+    pub async fn start_devices(self: &Arc<Self>) -> Result<(), AgentError> {
+        for record in self.ledger.devices()? {
+            if matches!(record.role, RoleRecord::Tombstone { .. }) {
+                continue;
+            }
+            self.events.note(
+                "device",
+                Some(&record.identity.name),
+                None,
+                format!("back after a restart, epoch {}", record.epoch),
+            );
+            self.start_device(record).await?;
+        }
+        Ok(())
+    }
+
+    /// Starts a device's thread in the role of its record, which is in the ledger already.
+    ///
+    /// # Errors
+    /// No thread, or no socket.
+    pub async fn start_device(self: &Arc<Self>, record: DeviceRecord) -> Result<Arc<Managed>, AgentError> {
+        let name = record.identity.name.clone();
+        let role = match &record.role {
+            RoleRecord::Local { .. } => Role::Local,
+            RoleRecord::Lent { to, .. } => Role::Lent { to: to.clone() },
+            RoleRecord::Prepared { from, .. } => Role::Successor { from: from.clone() },
+            RoleRecord::Remote { backing, .. }
+            | RoleRecord::Exchanging { backing, .. }
+            | RoleRecord::Cutting { backing, .. } => Role::Remote { backing: backing.clone() },
+            RoleRecord::Tombstone { moved_to, .. } => {
+                return Err(AgentError::fenced(format!("device {name} has moved to {moved_to}")));
+            }
+        };
+        let link = LinkTimes {
+            heartbeat: Duration::from_millis(self.config.link.heartbeat_ms),
+            dead_after: Duration::from_millis(self.config.link.dead_after_ms),
+        };
+        let config = DeviceConfig {
+            identity: record.identity.clone(),
+            epoch: record.epoch,
+            role,
+            link,
+            spin: Duration::from_micros(self.config.data_plane.spin_us),
+        };
+        let failed =
+            |error: std::io::Error| AgentError::failed(format!("device {name} cannot be started: {error}"));
+        let (handle, notices) = DeviceHandle::spawn(config).map_err(failed)?;
+        let device = Arc::new(Managed::new(handle, record.clone()));
+        self.devices
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .insert(name.clone(), Arc::clone(&device));
+        self.listen_to(&device, notices);
+        match record.role {
+            RoleRecord::Local { backend } | RoleRecord::Lent { backend, .. } => {
+                let backend = open_when_free(&backend).await?;
+                device.send(Command::SetBackend(backend));
+            }
+            RoleRecord::Exchanging { backing, backend } => {
+                self.continue_exchange(&device, &backing, &backend).await?;
+            }
+            RoleRecord::Cutting { backing, backend } => {
+                self.finish_interrupted_cut(&device, backing, backend);
+            }
+            _ => {}
+        }
+        let socket = self.config.device_socket(&name);
+        let listener =
+            listen(&socket).map_err(|error| AgentError::failed(format!("{}: {error}", socket.display())))?;
+        device.send(Command::Listen(listener));
+        Ok(device)
+    }
+
+    /// Handles a thread's notices for as long as it lives.
+    fn listen_to(self: &Arc<Self>, device: &Arc<Managed>, notices: std::sync::mpsc::Receiver<Notice>) {
+        let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
+        let name: String = format!("n-{}", device.name()).chars().take(15).collect();
+        let spawned = std::thread::Builder::new().name(name).spawn(move || {
+            while let Ok(notice) = notices.recv() {
+                if sender.send(notice).is_err() {
+                    return;
+                }
+            }
+        });
+        if let Err(error) = spawned {
+            tracing::error!(%error, "a device's notices cannot be heard");
+        }
+        let (agent, device) = (Arc::clone(self), Arc::clone(device));
+        tokio::spawn(async move {
+            while let Some(notice) = receiver.recv().await {
+                agent.on_notice(&device, &notice).await;
+                device.heard(&notice);
+            }
+        });
+    }
+
+    async fn on_notice(self: &Arc<Self>, device: &Arc<Managed>, notice: &Notice) {
+        let name = device.name();
+        let note = |kind: &str, message: String| self.events.note(kind, Some(&name), None, message);
+        match notice {
+            Notice::NeedConnection { peer, channel } => self.dial(device, peer.clone(), *channel),
+            Notice::Claimed { by, epoch, in_flight } => self.grant(device, by, *epoch, *in_flight).await,
+            Notice::Granted { epoch } => note("handover", format!("granted, epoch {epoch}")),
+            Notice::Attached { epoch, in_flight, grant_ms } => {
+                note(
+                    "handover",
+                    format!(
+                        "attached, epoch {epoch}, {in_flight} requests in flight, grant after {grant_ms:.2} ms"
+                    ),
+                );
+                *device.figures.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
+                    HandoverFigures { requests_in_flight: *in_flight, grant_ms: *grant_ms };
+                self.attached(device, *epoch).await;
+            }
+            Notice::HandoverFailed { reason } => note("handover", format!("failed: {reason}")),
+            Notice::ReadyToCut => {
+                note("exchange", "everything is here: cutting over".to_owned());
+                let (agent, device) = (Arc::clone(self), Arc::clone(device));
+                tokio::spawn(async move { agent.cut_over(&device).await });
+            }
+            Notice::ExchangePaused { reason } => {
+                note("exchange", format!("stopped, the device stays remote: {reason}"));
+                self.back_to_remote(device).await;
+            }
+            Notice::ExchangeCancelled => {
+                note("exchange", "cancelled, the device stays remote".to_owned());
+                self.back_to_remote(device).await;
+            }
+            Notice::ExchangeDone => note("exchange", "done: the device is local".to_owned()),
+            Notice::Link { peer, up: true, .. } => note("link", format!("connected to {peer}")),
+            Notice::Link { peer, up: false, reason } => {
+                note("link", format!("lost {peer}: {}", reason.as_deref().unwrap_or("no reason given")));
+            }
+            Notice::PeerRefused { peer, reason, .. } => note("link", format!("{peer} refused: {reason}")),
+            Notice::Vmm { connected: true, .. } => note("device", "a VMM connected".to_owned()),
+            Notice::Vmm { connected: false, reason } => {
+                note("device", format!("the VMM's connection ended: {}", reason.as_deref().unwrap_or("")));
+            }
+            Notice::Stopped(Some(reason)) => note("device", format!("its thread failed: {reason}")),
+            _ => {}
+        }
+    }
+
+    /// The commit point of a handover: the grant becomes durable.
+    async fn grant(&self, device: &Managed, by: &str, epoch: Epoch, in_flight: u64) {
+        let outcome = match device.role() {
+            RoleRecord::Local { backend } => {
+                self.record(device, epoch, RoleRecord::Lent { backend, to: by.to_owned() }).await
+            }
+            role => Err(AgentError::failed(format!("the ledger says {role:?}"))),
+        };
+        match outcome {
+            Ok(()) => {
+                device.send(Command::GrantDurable { epoch });
+                let message = format!("{by} claimed it with {in_flight} requests in flight");
+                self.events.note("handover", Some(&device.name()), None, message);
+            }
+            Err(error) => device.send(Command::GrantFailed { epoch, reason: error.message }),
+        }
+    }
+
+    async fn attached(self: &Arc<Self>, device: &Arc<Managed>, epoch: Epoch) {
+        let RoleRecord::Prepared { from, mode, delay_us } = device.role() else { return };
+        let role = RoleRecord::Remote { backing: from, delay_us };
+        if let Err(error) = self.record(device, epoch, role).await {
+            // The source's ledger has the grant; after a restart it is asked.
+            self.events.note("handover", Some(&device.name()), None, error.message);
+        }
+        if mode == Mode::Follow {
+            let (agent, device) = (Arc::clone(self), Arc::clone(device));
+            tokio::spawn(async move {
+                if let Err(error) = agent.begin_exchange(&device, None, None).await {
+                    agent.events.note(
+                        "exchange",
+                        Some(&device.name()),
+                        None,
+                        format!("did not begin: {error}"),
+                    );
+                }
+            });
+        }
+    }
+
+    async fn back_to_remote(&self, device: &Managed) {
+        if let RoleRecord::Exchanging { backing, backend } | RoleRecord::Cutting { backing, backend } =
+            device.role()
+        {
+            let role = RoleRecord::Remote { backing, delay_us: backend.delay_us };
+            if self.record(device, device.epoch(), role).await.is_ok()
+                && let Some(path) = backend.path
+            {
+                let _ = tokio::fs::remove_file(path).await;
+            }
+        }
+    }
+
+    /// Addresses of a host.
+    ///
+    /// # Errors
+    /// It is not known.
+    pub fn addresses(&self, host: &str) -> Result<Vec<String>, AgentError> {
+        if let Some(addresses) = self.config.peers.get(host) {
+            return Ok(addresses.clone());
+        }
+        let known = known_hosts(&self.config.pki_dir()).unwrap_or_default();
+        known
+            .into_iter()
+            .find(|known| known.name.to_string() == host && !known.addresses.is_empty())
+            .map(|known| known.addresses)
+            .ok_or_else(|| {
+                AgentError::precheck(format!("host {host} is not known here"))
+                    .hint("enrol it with `belay host invite` and `belay host join`, or name it under [peers] in the configuration")
+            })
+    }
+
+    /// Connects a device's channel to a peer, however long it takes.
+    fn dial(self: &Arc<Self>, device: &Arc<Managed>, peer: String, channel: Channel) {
+        let (agent, device) = (Arc::clone(self), Arc::clone(device));
+        tokio::spawn(async move {
+            let mut backoff = Backoff::default();
+            loop {
+                match agent.dial_once(&peer).await {
+                    Ok(connection) => {
+                        device.send(Command::Connected { channel, socket: peer_socket(connection) });
+                        return;
+                    }
+                    Err(error) => tracing::debug!(device = %device.name(), %peer, %error, "dialling again"),
+                }
+                tokio::time::sleep(backoff.next_delay(rand::random())).await;
+                if agent.device_by_id(device.identity().id).is_none() {
+                    return;
+                }
+            }
+        });
+    }
+
+    async fn dial_once(&self, peer: &str) -> Result<DataConnection, AgentError> {
+        let identity = self.identity()?;
+        let host = HostName::new(peer).map_err(|error| AgentError::usage(error.to_string()))?;
+        let addresses = self.addresses(peer)?;
+        dial_data(&addresses, &host, &identity, DIAL_TIMEOUT)
+            .await
+            .map_err(|error| AgentError::unreachable(error.to_string()))
+    }
+
+    fn identity(&self) -> Result<Arc<Identity>, AgentError> {
+        self.identity.clone().ok_or_else(|| {
+            AgentError::precheck("this host belongs to no cluster")
+                .hint("run `belay host init` or `belay host join`, then restart the agent")
+        })
+    }
+
+    /// Calls to another host's agent.
+    ///
+    /// # Errors
+    /// The host is not known, or this one is not enrolled.
+    pub fn client(&self, host: &str) -> Result<ControlClient, AgentError> {
+        let identity = self.identity()?;
+        let addresses = self.addresses(host)?;
+        let name = HostName::new(host).map_err(|error| AgentError::usage(error.to_string()))?;
+        let mut clients = self.clients.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let client = clients.entry(host.to_owned()).or_insert_with(|| {
+            ControlClient::new(name, addresses, identity, ControlClientOptions::default())
+        });
+        Ok(client.clone())
+    }
+
+    /// Adds a device, both attached to and backed by this host.
+    ///
+    /// # Errors
+    /// The name is taken, or the backend cannot be opened.
+    pub async fn add_device(
+        self: &Arc<Self>,
+        mut identity: belay_wire::DeviceIdentity,
+        backend: BackendSpec,
+    ) -> Result<Arc<Managed>, AgentError> {
+        check_name(&identity.name)?;
+        if self.device(&identity.name).is_ok() {
+            return Err(AgentError::usage(format!("there is a device {} already", identity.name)));
+        }
+        let opened = backend
+            .build(BACKEND_OWNER)
+            .map_err(|error| AgentError::failed(format!("device {}: {error}", identity.name)))?;
+        let belay_wire::device::DeviceClass::Block(geometry) = &mut identity.class;
+        geometry.size_bytes = opened.info().size_bytes;
+        drop(opened);
+        let name = identity.name.clone();
+        let record =
+            DeviceRecord { schema: SCHEMA, identity, epoch: Epoch(1), role: RoleRecord::Local { backend } };
+        self.write_record(record.clone()).await?;
+        let device = self.start_device(record).await?;
+        self.events.note("device", Some(&name), None, "added");
+        Ok(device)
+    }
+
+    /// Forgets a device. Its backend's file is left alone.
+    ///
+    /// # Errors
+    /// It is in use.
+    pub async fn remove_device(&self, name: &str) -> Result<(), AgentError> {
+        let device = self.device(name)?;
+        let role = device.role();
+        if device.snapshot().vmm_connected {
+            return Err(
+                AgentError::precheck(format!("device {name} is used by a VM")).hint("stop the VM first")
+            );
+        }
+        if !matches!(role, RoleRecord::Local { .. } | RoleRecord::Prepared { .. }) {
+            return Err(AgentError::precheck(format!("device {name} is shared with another host: {role:?}")));
+        }
+        self.drop_device(&device).await
+    }
+
+    /// Stops a device's thread and forgets the record.
+    pub(crate) async fn drop_device(&self, device: &Managed) -> Result<(), AgentError> {
+        let name = device.name();
+        let (ledger, id) = (Arc::clone(&self.ledger), device.identity().id);
+        tokio::task::spawn_blocking(move || ledger.remove_device(id))
+            .await
+            .map_err(|error| AgentError::failed(error.to_string()))??;
+        self.stop_device(device).await;
+        self.events.note("device", Some(&name), None, "removed");
+        Ok(())
+    }
+
+    /// Stops a device's thread; the record stays.
+    pub(crate) async fn stop_device(&self, device: &Managed) {
+        let name = device.name();
+        let mark = 0;
+        device.send(Command::Shutdown);
+        let _ = device.wait_for(mark, &["Stopped"], Duration::from_secs(5)).await;
+        self.devices.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&name);
+        let _ = std::fs::remove_file(self.config.device_socket(&name));
+    }
+
+    /// Grows a device.
+    ///
+    /// # Errors
+    /// It is not local, or its backend cannot grow.
+    pub async fn resize_device(&self, name: &str, size_bytes: u64) -> Result<(), AgentError> {
+        let device = self.device(name)?;
+        if !matches!(device.role(), RoleRecord::Local { .. }) {
+            return Err(AgentError::precheck(format!(
+                "device {name} can be resized only while guest and backing are on the same host"
+            )));
+        }
+        let mark = device.mark();
+        device.send(Command::Resize(size_bytes));
+        let answer = device.wait_for(mark, &["Resized"], Duration::from_secs(10)).await?;
+        if answer.starts_with("Resized(Err") {
+            return Err(AgentError::failed(format!("device {name} was not resized: {answer}")));
+        }
+        let mut record = device.record();
+        let belay_wire::device::DeviceClass::Block(geometry) = &mut record.identity.class;
+        geometry.size_bytes = size_bytes;
+        self.write_record(record.clone()).await?;
+        device.set_record(record);
+        self.events.note("device", Some(name), None, format!("has {size_bytes} bytes now"));
+        Ok(())
+    }
+}
+
+/// Names are used in paths and on command lines.
+fn check_name(name: &str) -> Result<(), AgentError> {
+    let fits = !name.is_empty()
+        && name.len() <= 64
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+        && !name.starts_with('.');
+    if fits {
+        Ok(())
+    } else {
+        Err(AgentError::usage(format!("{name:?} is no name: letters, digits, `-`, `_` and `.`, at most 64")))
+    }
+}
+
+/// What the data plane takes of a connection.
+pub(crate) fn peer_socket(connection: DataConnection) -> PeerSocket {
+    PeerSocket {
+        peer: connection.peer.to_string(),
+        socket: connection.socket,
+        tls: connection.tls,
+        early: connection.early,
+    }
+}
+
+/// Opens a backend, waiting for a predecessor's lock: writes of a killed agent may still be on their way.
+pub(crate) async fn open_when_free(spec: &BackendSpec) -> Result<Box<dyn belay_block::Backend>, AgentError> {
+    loop {
+        match spec.build(BACKEND_OWNER) {
+            Err(OpenError::Locked { path }) => {
+                tracing::debug!(path = %path.display(), "waiting for the lock");
+                tokio::time::sleep(LOCK_RETRY).await;
+            }
+            Err(error) => return Err(AgentError::failed(error.to_string())),
+            Ok(backend) => return Ok(backend),
+        }
+    }
+}
+
+/// A Unix listener at `path`, in place of whatever socket an earlier process left there.
+pub(crate) fn listen(path: &Path) -> std::io::Result<std::os::unix::net::UnixListener> {
+    use std::os::unix::fs::PermissionsExt;
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    let _ = std::fs::remove_file(path);
+    let listener = std::os::unix::net::UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+    Ok(listener)
+}
+
+/// Where the map of a device's exchange is kept.
+pub(crate) fn map_path(config: &Config, name: &str) -> PathBuf {
+    config.state_dir.join("maps").join(format!("{name}.map"))
+}

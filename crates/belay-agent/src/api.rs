@@ -1,0 +1,440 @@
+//! The control API: HTTP and JSON on a Unix socket, described by OpenAPI.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use axum::Json;
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use belay_block::BackendSpec;
+use belay_wire::device::{BlockGeometry, DeviceClass};
+use belay_wire::{DeviceId, DeviceIdentity};
+use futures_util::StreamExt;
+use serde::{Deserialize, Serialize};
+use tokio_stream::wrappers::BroadcastStream;
+use utoipa::{OpenApi, ToSchema};
+
+use crate::agent::Agent;
+use crate::error::AgentError;
+use crate::events::Event;
+use crate::ledger::Mode;
+use crate::operation::OperationView;
+use crate::view::{DeviceView, device_view};
+use crate::vm::VmView;
+
+type Shared = State<Arc<Agent>>;
+type Answer<T> = Result<Json<T>, AgentError>;
+
+impl IntoResponse for AgentError {
+    fn into_response(self) -> Response {
+        let status = match self.code.as_str() {
+            "usage" => StatusCode::BAD_REQUEST,
+            "not_found" => StatusCode::NOT_FOUND,
+            "precheck" | "fenced" | "cancelled" => StatusCode::CONFLICT,
+            "unreachable" => StatusCode::BAD_GATEWAY,
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        (status, Json(self)).into_response()
+    }
+}
+
+/// Everything at a glance.
+#[derive(Serialize, ToSchema)]
+pub struct StatusView {
+    /// This host.
+    host: String,
+    /// The agent's version.
+    version: String,
+    /// Devices.
+    devices: Vec<DeviceView>,
+    /// VMs.
+    vms: Vec<VmView>,
+    /// Other hosts.
+    hosts: Vec<HostView>,
+    /// Operations since the agent started.
+    operations: Vec<OperationView>,
+}
+
+/// A known host.
+#[derive(Serialize, ToSchema)]
+pub struct HostView {
+    /// Its name.
+    name: String,
+    /// Where its agent is.
+    addresses: Vec<String>,
+}
+
+/// A device to be added.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AddDevice {
+    name: String,
+    /// A regular file or a block device.
+    #[schema(value_type = String)]
+    path: PathBuf,
+    /// Create the file with this size in bytes if it is missing.
+    size_bytes: Option<u64>,
+    #[serde(default = "one")]
+    queues: u16,
+    #[serde(default = "sector")]
+    block_bytes: u32,
+    #[serde(default)]
+    read_only: bool,
+    serial: Option<String>,
+    vm: Option<String>,
+    /// Hold every operation so long, in microseconds (for tests and demonstrations).
+    delay_us: Option<u64>,
+    #[serde(default = "yes")]
+    direct: bool,
+}
+
+fn one() -> u16 {
+    1
+}
+
+fn sector() -> u32 {
+    512
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// A new size.
+#[derive(Deserialize, ToSchema)]
+pub struct Resize {
+    size_bytes: u64,
+}
+
+/// An exchange to begin or change.
+#[derive(Default, Deserialize, ToSchema)]
+pub struct ExchangeBody {
+    /// Bytes per second; none: no limit.
+    bandwidth: Option<u64>,
+    /// Where the disk comes to.
+    #[schema(value_type = Option<String>)]
+    path: Option<PathBuf>,
+}
+
+/// A VM to be started.
+#[derive(Deserialize, ToSchema)]
+pub struct RunVm {
+    spec_toml: String,
+}
+
+/// A VM to be adopted.
+#[derive(Deserialize, ToSchema)]
+pub struct AdoptVm {
+    name: String,
+    #[schema(value_type = String)]
+    qmp: PathBuf,
+    #[serde(default)]
+    devices: Vec<String>,
+}
+
+/// A migration.
+#[derive(Deserialize, ToSchema)]
+pub struct MigrateBody {
+    to: String,
+    /// `follow` (default) or `stay`.
+    #[serde(default)]
+    #[schema(value_type = String)]
+    mode: Mode,
+    /// Limit of the memory transfer, bytes per second.
+    bandwidth: Option<u64>,
+    #[serde(default)]
+    dry_run: bool,
+}
+
+/// The outcome of an abort.
+#[derive(Serialize, ToSchema)]
+pub struct Aborted {
+    aborted: bool,
+    message: String,
+}
+
+#[derive(Deserialize)]
+struct Follow {
+    #[serde(default)]
+    follow: bool,
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "Belay", description = "Control API of a Belay agent"),
+    paths(
+        status,
+        devices,
+        device,
+        add_device,
+        remove_device,
+        resize,
+        exchange,
+        exchange_limit,
+        exchange_cancel,
+        vms,
+        run_vm,
+        adopt_vm,
+        stop_vm,
+        migrate,
+        operation,
+        abort
+    )
+)]
+struct Description;
+
+/// The whole API.
+pub fn router(agent: Arc<Agent>) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/events", get(events))
+        .route("/v1/devices", get(devices).post(add_device))
+        .route("/v1/devices/{name}", get(device).delete(remove_device))
+        .route("/v1/devices/{name}/resize", post(resize))
+        .route("/v1/devices/{name}/exchange", post(exchange).patch(exchange_limit).delete(exchange_cancel))
+        .route("/v1/vms", get(vms).post(run_vm))
+        .route("/v1/vms/adopt", post(adopt_vm))
+        .route("/v1/vms/{name}", axum::routing::delete(stop_vm))
+        .route("/v1/vms/{name}/migrate", post(migrate))
+        .route("/v1/operations/{id}", get(operation))
+        .route("/v1/operations/{id}/abort", post(abort))
+        .route("/metrics", get(metrics))
+        .route("/openapi.json", get(|| async { Json(Description::openapi()) }))
+        .fallback(|| async {
+            AgentError::not_found("there is no such call; `belay api` describes those that are")
+        })
+        .with_state(agent)
+}
+
+/// Reads a body such that what is wrong with it is said in our form.
+fn body<T: serde::de::DeserializeOwned>(bytes: &Bytes) -> Result<T, AgentError> {
+    let bytes: &[u8] = if bytes.is_empty() { b"{}" } else { bytes };
+    serde_json::from_slice(bytes)
+        .map_err(|error| AgentError::usage(format!("the request is not understood: {error}")))
+}
+
+fn device_views(agent: &Agent) -> Vec<DeviceView> {
+    agent.devices().iter().map(|device| device_view(agent, device)).collect()
+}
+
+#[utoipa::path(get, path = "/v1/status", responses((status = 200, body = StatusView)))]
+async fn status(State(agent): Shared) -> Json<StatusView> {
+    let mut hosts: Vec<HostView> = agent
+        .config
+        .peers
+        .iter()
+        .map(|(name, addresses)| HostView { name: name.clone(), addresses: addresses.clone() })
+        .collect();
+    for known in belay_link::known_hosts(&agent.config.pki_dir()).unwrap_or_default() {
+        if !hosts.iter().any(|host| host.name == known.name.to_string()) {
+            hosts.push(HostView { name: known.name.to_string(), addresses: known.addresses });
+        }
+    }
+    Json(StatusView {
+        host: agent.host(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        devices: device_views(&agent),
+        vms: agent.vm_views().await,
+        hosts,
+        operations: agent.operations.all().iter().map(|operation| operation.view()).collect(),
+    })
+}
+
+async fn events(State(agent): Shared, Query(follow): Query<Follow>) -> Response {
+    fn line(event: &Event) -> Result<Bytes, std::convert::Infallible> {
+        let mut text = serde_json::to_string(event).unwrap_or_default();
+        text.push('\n');
+        Ok(Bytes::from(text))
+    }
+    let (kept, coming) = agent.events.follow();
+    let past = tokio_stream::iter(kept.into_iter().map(|event| line(&event)));
+    if !follow.follow {
+        return Body::from_stream(past).into_response();
+    }
+    let future =
+        BroadcastStream::new(coming).filter_map(|event| async { event.ok().map(|event| line(&event)) });
+    Body::from_stream(past.chain(future)).into_response()
+}
+
+#[utoipa::path(get, path = "/v1/devices", responses((status = 200, body = Vec<DeviceView>)))]
+async fn devices(State(agent): Shared) -> Json<Vec<DeviceView>> {
+    Json(device_views(&agent))
+}
+
+#[utoipa::path(get, path = "/v1/devices/{name}", responses((status = 200, body = DeviceView)))]
+async fn device(State(agent): Shared, Path(name): Path<String>) -> Answer<DeviceView> {
+    Ok(Json(device_view(&agent, &*agent.device(&name)?)))
+}
+
+#[utoipa::path(post, path = "/v1/devices", request_body = AddDevice, responses((status = 200, body = DeviceView)))]
+async fn add_device(State(agent): Shared, bytes: Bytes) -> Answer<DeviceView> {
+    let request: AddDevice = body(&bytes)?;
+    if !(1..=64).contains(&request.queues) {
+        return Err(AgentError::usage(format!("{} queues: a disk has 1 to 64", request.queues)));
+    }
+    if request.block_bytes != 512 && request.block_bytes != 4096 {
+        return Err(AgentError::usage(format!("a block size of {}: 512 or 4096", request.block_bytes)));
+    }
+    if let Some(size) = request.size_bytes {
+        if !request.path.exists() {
+            if size == 0 || !size.is_multiple_of(4096) {
+                return Err(AgentError::usage(format!(
+                    "a size of {size} bytes: a disk has a multiple of 4096"
+                )));
+            }
+            let made = std::fs::File::create_new(&request.path).and_then(|file| file.set_len(size));
+            made.map_err(|error| {
+                AgentError::failed(format!("cannot create {}: {error}", request.path.display()))
+            })?;
+        }
+    }
+    let serial = request.serial.unwrap_or_else(|| request.name.chars().take(20).collect());
+    if serial.len() > 20 || !serial.is_ascii() {
+        return Err(AgentError::usage(format!("serial {serial:?}: at most 20 bytes of ASCII")));
+    }
+    let geometry = BlockGeometry {
+        size_bytes: 0,
+        block_bytes: request.block_bytes,
+        queues: request.queues,
+        queue_entries: 256,
+        read_only: request.read_only,
+        serial,
+    };
+    let identity = DeviceIdentity {
+        id: DeviceId::random(),
+        name: request.name,
+        vm: request.vm,
+        class: DeviceClass::Block(geometry),
+    };
+    let path = std::path::absolute(&request.path).unwrap_or(request.path);
+    let backend = BackendSpec {
+        direct: request.direct,
+        read_only: request.read_only,
+        delay_us: request.delay_us,
+        ..BackendSpec::file(path)
+    };
+    let device = agent.add_device(identity, backend).await?;
+    Ok(Json(device_view(&agent, &device)))
+}
+
+#[utoipa::path(delete, path = "/v1/devices/{name}", responses((status = 204)))]
+async fn remove_device(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, AgentError> {
+    agent.remove_device(&name).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[utoipa::path(post, path = "/v1/devices/{name}/resize", request_body = Resize, responses((status = 200, body = DeviceView)))]
+async fn resize(State(agent): Shared, Path(name): Path<String>, bytes: Bytes) -> Answer<DeviceView> {
+    let request: Resize = body(&bytes)?;
+    agent.resize_device(&name, request.size_bytes).await?;
+    Ok(Json(device_view(&agent, &*agent.device(&name)?)))
+}
+
+#[utoipa::path(post, path = "/v1/devices/{name}/exchange", request_body = ExchangeBody, responses((status = 202)))]
+async fn exchange(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    bytes: Bytes,
+) -> Result<StatusCode, AgentError> {
+    let request: ExchangeBody = body(&bytes)?;
+    let device = agent.device(&name)?;
+    agent.begin_exchange(&device, request.path, request.bandwidth).await?;
+    Ok(StatusCode::ACCEPTED)
+}
+
+#[utoipa::path(patch, path = "/v1/devices/{name}/exchange", request_body = ExchangeBody, responses((status = 202)))]
+async fn exchange_limit(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    bytes: Bytes,
+) -> Result<StatusCode, AgentError> {
+    let request: ExchangeBody = body(&bytes)?;
+    agent.device(&name)?.send(belay_attach::Command::SetBandwidth(request.bandwidth));
+    Ok(StatusCode::ACCEPTED)
+}
+
+#[utoipa::path(delete, path = "/v1/devices/{name}/exchange", responses((status = 202)))]
+async fn exchange_cancel(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, AgentError> {
+    let device = agent.device(&name)?;
+    if device.snapshot().exchange.is_none() {
+        return Err(AgentError::precheck(format!("device {name} is not being copied")));
+    }
+    let mark = device.mark();
+    device.send(belay_attach::Command::CancelExchange);
+    let said = device
+        .wait_for(mark, &["ExchangeCancelled", "ExchangeDone"], std::time::Duration::from_secs(30))
+        .await?;
+    if said.starts_with("ExchangeDone") {
+        return Err(AgentError::precheck(format!("the exchange of device {name} was done already")));
+    }
+    Ok(StatusCode::ACCEPTED)
+}
+
+#[utoipa::path(get, path = "/v1/vms", responses((status = 200, body = Vec<VmView>)))]
+async fn vms(State(agent): Shared) -> Json<Vec<VmView>> {
+    Json(agent.vm_views().await)
+}
+
+#[derive(Serialize, ToSchema)]
+struct Named {
+    name: String,
+}
+
+#[utoipa::path(post, path = "/v1/vms", request_body = RunVm, responses((status = 200, body = Named)))]
+async fn run_vm(State(agent): Shared, bytes: Bytes) -> Answer<Named> {
+    let request: RunVm = body(&bytes)?;
+    let vm = agent.run_vm(&request.spec_toml).await?;
+    Ok(Json(Named { name: vm.record.name.clone() }))
+}
+
+#[utoipa::path(post, path = "/v1/vms/adopt", request_body = AdoptVm, responses((status = 200, body = Named)))]
+async fn adopt_vm(State(agent): Shared, bytes: Bytes) -> Answer<Named> {
+    let request: AdoptVm = body(&bytes)?;
+    let vm = agent.adopt_vm(&request.name, &request.qmp, request.devices).await?;
+    Ok(Json(Named { name: vm.record.name.clone() }))
+}
+
+#[utoipa::path(delete, path = "/v1/vms/{name}", responses((status = 204)))]
+async fn stop_vm(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, AgentError> {
+    agent.stop_vm(&name).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[utoipa::path(post, path = "/v1/vms/{name}/migrate", request_body = MigrateBody, responses((status = 200, body = OperationView)))]
+async fn migrate(State(agent): Shared, Path(name): Path<String>, bytes: Bytes) -> Answer<OperationView> {
+    let body: MigrateBody = body(&bytes)?;
+    let request =
+        crate::migrate::Request { vm: name, to: body.to, mode: body.mode, bandwidth: body.bandwidth };
+    Ok(Json(agent.migrate(request, body.dry_run).await?.view()))
+}
+
+#[utoipa::path(get, path = "/v1/operations/{id}", responses((status = 200, body = OperationView)))]
+async fn operation(State(agent): Shared, Path(id): Path<String>) -> Answer<OperationView> {
+    Ok(Json(agent.operations.get(&id)?.view()))
+}
+
+#[utoipa::path(post, path = "/v1/operations/{id}/abort", responses((status = 200, body = Aborted)))]
+async fn abort(State(agent): Shared, Path(id): Path<String>) -> Answer<Aborted> {
+    let operation = agent.operations.get(&id)?;
+    if !operation.ask_abort() {
+        let message = "too late: the devices are moving or have moved; it goes on".to_owned();
+        return Ok(Json(Aborted { aborted: false, message }));
+    }
+    let mut view = operation.view();
+    while view.state == "running" {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        view = operation.view();
+    }
+    let aborted = view.state == "cancelled";
+    let message =
+        if aborted { "the VM goes on here" } else { "it was finished before it could be taken back" };
+    Ok(Json(Aborted { aborted, message: message.to_owned() }))
+}
+
+async fn metrics(State(agent): Shared) -> Response {
+    crate::metrics::render(&device_views(&agent)).into_response()
+}

@@ -1,0 +1,220 @@
+//! The agent's configuration file.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Why a configuration is not used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {path}: {source}", path = .path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It does not say what it should.
+    #[error("{path}: {message}", path = .path.display())]
+    Invalid {
+        /// Which.
+        path: PathBuf,
+        /// What and where; names the nearest known key.
+        message: String,
+    },
+}
+
+/// The whole file. Every key has a default.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// This host's name, as in its certificate; default: the certificate's.
+    pub host_name: Option<String>,
+    /// Where the ledger, maps and keys are kept.
+    pub state_dir: PathBuf,
+    /// Where sockets are: `agent.sock`, `devices/NAME.sock`, `vms/NAME.qmp`.
+    pub runtime_dir: PathBuf,
+    /// Certificates and keys; default: `pki` in `state_dir`.
+    pub pki_dir: Option<PathBuf>,
+    /// Where a disk that follows its VM is created; default: `images` in `state_dir`.
+    pub images_dir: Option<PathBuf>,
+    /// Connections of agents.
+    pub link: LinkConfig,
+    /// Addresses (`host:port`) of other hosts, besides those that were learnt when enrolling.
+    pub peers: BTreeMap<String, Vec<String>>,
+    /// QEMU.
+    pub vmm: VmmConfig,
+    /// Copying disks.
+    pub exchange: ExchangeConfig,
+    /// The threads that serve devices.
+    pub data_plane: DataPlaneConfig,
+}
+
+/// `[link]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LinkConfig {
+    /// Where other agents connect, `address:port`.
+    pub listen: String,
+    /// A ping goes out after so much silence, in milliseconds.
+    pub heartbeat_ms: u64,
+    /// A connection is given up after so much silence, in milliseconds.
+    pub dead_after_ms: u64,
+}
+
+/// `[vmm]`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VmmConfig {
+    /// The QEMU binary; default: `BELAY_QEMU`, else `qemu-system-x86_64` in PATH.
+    pub qemu: Option<PathBuf>,
+    /// The user that QEMU runs as; default: the agent's.
+    pub user: Option<String>,
+    /// The address at which an incoming VM's memory is received; default: that of `link.listen`.
+    pub migration_address: Option<String>,
+    /// The limit of a VM's memory transfer, in bytes per second; 0: 4 GiB/s.
+    pub migration_bandwidth_bytes_per_s: u64,
+}
+
+/// `[exchange]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ExchangeConfig {
+    /// The copier's limit, in bytes per second; 0: none.
+    pub bandwidth_bytes_per_s: u64,
+    /// Bytes that the copier asks for at a time.
+    pub in_flight_bytes: u64,
+}
+
+/// `[data_plane]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataPlaneConfig {
+    /// How long a device's thread looks for work before it sleeps, in microseconds.
+    pub spin_us: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            host_name: None,
+            state_dir: "/var/lib/belay".into(),
+            runtime_dir: "/run/belay".into(),
+            pki_dir: None,
+            images_dir: None,
+            link: LinkConfig::default(),
+            peers: BTreeMap::new(),
+            vmm: VmmConfig::default(),
+            exchange: ExchangeConfig::default(),
+            data_plane: DataPlaneConfig::default(),
+        }
+    }
+}
+
+impl Default for LinkConfig {
+    fn default() -> Self {
+        Self { listen: "0.0.0.0:7420".into(), heartbeat_ms: 500, dead_after_ms: 3000 }
+    }
+}
+
+impl Default for ExchangeConfig {
+    fn default() -> Self {
+        Self { bandwidth_bytes_per_s: 0, in_flight_bytes: 1 << 20 }
+    }
+}
+
+impl Default for DataPlaneConfig {
+    fn default() -> Self {
+        Self { spin_us: 20 }
+    }
+}
+
+impl Config {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// It cannot be read, or has unknown keys or wrong values.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        Self::parse(&text).map_err(|message| ConfigError::Invalid { path: path.to_owned(), message })
+    }
+
+    /// Reads a text.
+    ///
+    /// # Errors
+    /// What is wrong, where, and for an unknown key the nearest known one.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        toml::from_str(text).map_err(|error| {
+            let message = error.to_string();
+            match nearest_key(&message) {
+                Some(hint) => format!("{}\ndid you mean `{hint}`?", message.trim_end()),
+                None => message,
+            }
+        })
+    }
+
+    /// Where certificates and keys are.
+    #[must_use]
+    pub fn pki_dir(&self) -> PathBuf {
+        self.pki_dir.clone().unwrap_or_else(|| self.state_dir.join("pki"))
+    }
+
+    /// Where disks are created.
+    #[must_use]
+    pub fn images_dir(&self) -> PathBuf {
+        self.images_dir.clone().unwrap_or_else(|| self.state_dir.join("images"))
+    }
+
+    /// The API's socket.
+    #[must_use]
+    pub fn api_socket(&self) -> PathBuf {
+        self.runtime_dir.join("agent.sock")
+    }
+
+    /// A device's vhost-user socket.
+    #[must_use]
+    pub fn device_socket(&self, name: &str) -> PathBuf {
+        self.runtime_dir.join("devices").join(format!("{name}.sock"))
+    }
+}
+
+/// serde names the unknown key and those it expected: the nearest of them.
+fn nearest_key(message: &str) -> Option<String> {
+    let rest = message.split("unknown field `").nth(1)?;
+    let (unknown, rest) = rest.split_once('`')?;
+    rest.split('`')
+        .skip(1)
+        .step_by(2)
+        .map(|known| (strsim::jaro_winkler(unknown, known), known))
+        .filter(|(likeness, _)| *likeness > 0.7)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, known)| known.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn empty_file_gives_the_defaults_and_they_can_be_read_again() {
+        let config = Config::parse("").unwrap();
+        assert_eq!(config, Config::default());
+        assert_eq!(Config::parse(&toml::to_string(&config).unwrap()).unwrap(), config);
+    }
+
+    #[test]
+    fn unknown_key_names_the_nearest_and_its_line() {
+        let error = Config::parse("[link]\nheartbeat_sm = 5\n").unwrap_err();
+        assert!(error.contains("line 2"), "{error}");
+        assert!(error.contains("did you mean `heartbeat_ms`?"), "{error}");
+    }
+
+    #[test]
+    fn value_of_a_wrong_type_is_an_error() {
+        assert!(Config::parse("[exchange]\nin_flight_bytes = \"much\"\n").is_err());
+    }
+}

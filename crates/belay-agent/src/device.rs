@@ -1,0 +1,146 @@
+//! A device as the control plane holds it: its thread, its record, and what it has said.
+
+use std::collections::VecDeque;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use belay_attach::{Command, DeviceHandle, Notice, Snapshot};
+use belay_wire::{DeviceIdentity, Epoch};
+use tokio::sync::watch;
+
+use crate::error::AgentError;
+use crate::ledger::{DeviceRecord, RoleRecord};
+
+/// Notices kept for those who wait for one.
+const KEPT: usize = 256;
+
+/// What a device's handover measured, on the side that has it now.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize, serde::Deserialize)]
+pub struct HandoverFigures {
+    /// Requests in flight at the switchover.
+    pub requests_in_flight: u64,
+    /// From the claim to the grant, in milliseconds.
+    pub grant_ms: f64,
+}
+
+/// A device of this host.
+pub struct Managed {
+    /// Its thread.
+    pub handle: DeviceHandle,
+    record: Mutex<DeviceRecord>,
+    said: Mutex<(u64, VecDeque<(u64, String)>)>,
+    changed: watch::Sender<u64>,
+    /// What the last handover to this host measured.
+    pub figures: Mutex<HandoverFigures>,
+}
+
+impl Managed {
+    /// A device whose thread runs.
+    #[must_use]
+    pub fn new(handle: DeviceHandle, record: DeviceRecord) -> Self {
+        Self {
+            handle,
+            record: Mutex::new(record),
+            said: Mutex::default(),
+            changed: watch::channel(0).0,
+            figures: Mutex::default(),
+        }
+    }
+
+    /// Its record.
+    #[must_use]
+    pub fn record(&self) -> DeviceRecord {
+        self.record.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set_record(&self, record: DeviceRecord) {
+        *self.record.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = record;
+    }
+
+    /// What it is.
+    #[must_use]
+    pub fn identity(&self) -> DeviceIdentity {
+        self.record().identity
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.record().identity.name
+    }
+
+    /// Its epoch.
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        self.record().epoch
+    }
+
+    /// Its role.
+    #[must_use]
+    pub fn role(&self) -> RoleRecord {
+        self.record().role
+    }
+
+    /// Its thread's view.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        self.handle.snapshot()
+    }
+
+    pub(crate) fn heard(&self, notice: &Notice) {
+        let text = format!("{notice:?}");
+        let mut said = self.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        said.0 += 1;
+        let number = said.0;
+        said.1.push_back((number, text));
+        if said.1.len() > KEPT {
+            said.1.pop_front();
+        }
+        drop(said);
+        self.changed.send_replace(number);
+    }
+
+    /// The number of the last notice: a wait from here on sees only later ones.
+    #[must_use]
+    pub fn mark(&self) -> u64 {
+        self.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner).0
+    }
+
+    /// Waits until the thread has said one of `wanted` (beginnings of a notice's debug text) after `mark`.
+    ///
+    /// # Errors
+    /// It has not, within `limit`.
+    pub async fn wait_for(&self, mark: u64, wanted: &[&str], limit: Duration) -> Result<String, AgentError> {
+        let mut changed = self.changed.subscribe();
+        let search = async {
+            loop {
+                let found = {
+                    let said = self.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    said.1
+                        .iter()
+                        .find(|(number, text)| *number > mark && wanted.iter().any(|w| text.starts_with(w)))
+                        .map(|(_, text)| text.clone())
+                };
+                if let Some(found) = found {
+                    return found;
+                }
+                if changed.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        tokio::time::timeout(limit, search).await.map_err(|_| {
+            AgentError::failed(format!(
+                "device {}: waited {} s in vain for {}",
+                self.name(),
+                limit.as_secs(),
+                wanted.join(" or ")
+            ))
+        })
+    }
+
+    /// Tells the thread.
+    pub fn send(&self, command: Command) {
+        self.handle.send(command);
+    }
+}

@@ -1,0 +1,244 @@
+//! Exchanges: where the new backend comes from, and the commit on both hosts.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use belay_attach::{Command, ExchangeOptions};
+use belay_block::BackendSpec;
+use belay_link::{Backoff, CallError};
+
+use crate::agent::{Agent, map_path, open_when_free};
+use crate::device::Managed;
+use crate::error::AgentError;
+use crate::ledger::RoleRecord;
+use crate::peer::{CommitCut, DeviceInfo, DeviceQuery, Done};
+
+impl Agent {
+    /// Begins to bring a device's backing here.
+    ///
+    /// # Errors
+    /// It is not remote, or there is no room for it.
+    pub async fn begin_exchange(
+        self: &Arc<Self>,
+        device: &Arc<Managed>,
+        path: Option<PathBuf>,
+        bandwidth: Option<u64>,
+    ) -> Result<(), AgentError> {
+        let name = device.name();
+        let RoleRecord::Remote { backing, delay_us } = device.role() else {
+            return Err(AgentError::precheck(format!(
+                "device {name} is not backed by another host, or is being brought here already"
+            )));
+        };
+        let info: DeviceInfo = self
+            .client(&backing)?
+            .call("device_info", &DeviceQuery { id: device.identity().id })
+            .await
+            .map_err(|error| AgentError::unreachable(error.to_string()))?;
+        let path = path.unwrap_or_else(|| self.config.images_dir().join(format!("{name}.img")));
+        self.create_image(&name, &path, info.size_bytes, info.allocated_bytes)?;
+        let backend = BackendSpec { delay_us, ..BackendSpec::file(path) };
+        let _ = std::fs::remove_file(map_path(&self.config, &name));
+        self.record(
+            device,
+            device.epoch(),
+            RoleRecord::Exchanging { backing: backing.clone(), backend: backend.clone() },
+        )
+        .await?;
+        self.events.note("exchange", Some(&name), None, format!("begins, from {backing}"));
+        self.start_copy(device, &backend, bandwidth).await
+    }
+
+    /// Makes the file that a disk comes to, empty: what an earlier stay of the device left there is old.
+    fn create_image(
+        &self,
+        name: &str,
+        path: &std::path::Path,
+        size_bytes: u64,
+        needed_bytes: u64,
+    ) -> Result<(), AgentError> {
+        let failed =
+            |error: std::io::Error| AgentError::failed(format!("device {name}: {}: {error}", path.display()));
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).map_err(failed)?;
+            let free = belay_block::free_space(folder).map_err(failed)?;
+            if free < needed_bytes {
+                return Err(AgentError::precheck(format!(
+                    "device {name} needs {needed_bytes} bytes in {}, {free} are free",
+                    folder.display()
+                ))
+                .hint("free some space, then run `belay exchange`"));
+            }
+        }
+        match std::fs::remove_file(path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(error)),
+        }
+        let file = std::fs::OpenOptions::new().write(true).create_new(true).open(path).map_err(failed)?;
+        file.set_len(size_bytes).and_then(|()| file.sync_all()).map_err(failed)
+    }
+
+    /// After a restart: goes on with what the map says is here.
+    pub(crate) async fn continue_exchange(
+        &self,
+        device: &Arc<Managed>,
+        backing: &str,
+        backend: &BackendSpec,
+    ) -> Result<(), AgentError> {
+        self.events.note("exchange", Some(&device.name()), None, format!("goes on, from {backing}"));
+        self.start_copy(device, backend, None).await
+    }
+
+    async fn start_copy(
+        &self,
+        device: &Arc<Managed>,
+        backend: &BackendSpec,
+        bandwidth: Option<u64>,
+    ) -> Result<(), AgentError> {
+        let map = map_path(&self.config, &device.name());
+        if let Some(folder) = map.parent() {
+            std::fs::create_dir_all(folder).map_err(|error| AgentError::failed(error.to_string()))?;
+        }
+        let configured = self.config.exchange.bandwidth_bytes_per_s;
+        let options = ExchangeOptions {
+            map_path: map,
+            bandwidth: bandwidth.or((configured > 0).then_some(configured)),
+            in_flight_bytes: self.config.exchange.in_flight_bytes,
+            echo: true,
+        };
+        let local = open_when_free(backend).await?;
+        device.send(Command::StartExchange { local, options });
+        Ok(())
+    }
+
+    /// The commit on both sides: this host prepares, the old one commits, this one confirms.
+    pub(crate) async fn cut_over(&self, device: &Arc<Managed>) {
+        let (backing, backend) = match device.role() {
+            RoleRecord::Exchanging { backing, backend } | RoleRecord::Cutting { backing, backend } => {
+                (backing, backend)
+            }
+            _ => return,
+        };
+        let cutting = RoleRecord::Cutting { backing: backing.clone(), backend: backend.clone() };
+        if let Err(error) = self.record(device, device.epoch(), cutting).await {
+            self.events.note("exchange", Some(&device.name()), None, error.message);
+            device.send(Command::CutAborted);
+            return;
+        }
+        match self.ask_to_commit(device, &backing).await {
+            Ok(()) => {
+                let outcome = self.record(device, device.epoch(), RoleRecord::Local { backend }).await;
+                if let Err(error) = outcome {
+                    // The record still says "cutting": after a restart the old host is asked, and says yes again.
+                    self.events.note("exchange", Some(&device.name()), None, error.message);
+                }
+                device.send(Command::CutCommitted);
+            }
+            Err(reason) => {
+                self.events.note(
+                    "exchange",
+                    Some(&device.name()),
+                    None,
+                    format!("{backing} did not commit: {reason}"),
+                );
+                let back = RoleRecord::Exchanging { backing, backend };
+                let _ = self.record(device, device.epoch(), back).await;
+                device.send(Command::CutAborted);
+            }
+        }
+    }
+
+    /// Asks until it is known whether the old host has committed.
+    async fn ask_to_commit(&self, device: &Managed, backing: &str) -> Result<(), String> {
+        let mut backoff = Backoff::default();
+        let request = CommitCut { id: device.identity().id, epoch: device.epoch() };
+        loop {
+            let client = self.client(backing).map_err(|error| error.message)?;
+            match client.call::<_, Done>("commit_cut", &request).await {
+                Ok(_) => return Ok(()),
+                Err(CallError::Refused { error, .. }) if error.code == "fenced" => return Err(error.message),
+                Err(error) => {
+                    tracing::warn!(device = %device.name(), %error, "asking again whether the exchange is committed");
+                    tokio::time::sleep(backoff.next_delay(rand::random()).max(Duration::from_millis(50)))
+                        .await;
+                }
+            }
+        }
+    }
+
+    /// This agent died between asking and knowing: ask again before anything is served.
+    pub(crate) fn finish_interrupted_cut(
+        self: &Arc<Self>,
+        device: &Arc<Managed>,
+        backing: String,
+        backend: BackendSpec,
+    ) {
+        let (agent, device) = (Arc::clone(self), Arc::clone(device));
+        tokio::spawn(async move {
+            match agent.ask_to_commit(&device, &backing).await {
+                Ok(()) => {
+                    if let Err(error) =
+                        agent.record(&device, device.epoch(), RoleRecord::Local { backend }).await
+                    {
+                        agent.events.note("exchange", Some(&device.name()), None, error.message);
+                        return;
+                    }
+                    // A thread of the new role, from the record.
+                    let record = device.record();
+                    agent.stop_device(&device).await;
+                    if let Err(error) = agent.start_device(record).await {
+                        agent.events.note("device", Some(&device.name()), None, error.message);
+                    }
+                }
+                Err(reason) => {
+                    agent.events.note(
+                        "exchange",
+                        Some(&device.name()),
+                        None,
+                        format!("{backing} had not committed: {reason}"),
+                    );
+                    let role = RoleRecord::Exchanging { backing: backing.clone(), backend: backend.clone() };
+                    if agent.record(&device, device.epoch(), role).await.is_ok() {
+                        let _ = agent.continue_exchange(&device, &backing, &backend).await;
+                    }
+                }
+            }
+        });
+    }
+
+    /// As the old host: everything is at the new one. From here on this host refuses the device.
+    pub(crate) async fn commit_cut(&self, peer: &str, request: &CommitCut) -> Result<Done, AgentError> {
+        let Some(device) = self.device_by_id(request.id) else {
+            let gone = self.ledger.devices()?.into_iter().find(|record| record.identity.id == request.id);
+            return match gone.map(|record| record.role) {
+                Some(RoleRecord::Tombstone { moved_to, .. }) if moved_to == peer => Ok(Done {}),
+                _ => Err(AgentError::fenced("there is no such device here")),
+            };
+        };
+        let RoleRecord::Lent { backend, to } = device.role() else {
+            return Err(AgentError::fenced(format!("device {} is not lent", device.name())));
+        };
+        if to != peer || device.epoch() != request.epoch {
+            return Err(AgentError::fenced(format!(
+                "device {} is lent to {to} in epoch {}",
+                device.name(),
+                device.epoch()
+            )));
+        }
+        let mark = device.mark();
+        device.send(Command::Retire);
+        device.wait_for(mark, &["Retired"], Duration::from_secs(10)).await?;
+        self.record(&device, request.epoch, RoleRecord::Tombstone { moved_to: peer.to_owned(), backend })
+            .await?;
+        self.events.note(
+            "exchange",
+            Some(&device.name()),
+            None,
+            format!("everything is at {peer}: this host lets it go"),
+        );
+        self.stop_device(&device).await;
+        Ok(Done {})
+    }
+}

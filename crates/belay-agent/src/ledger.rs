@@ -1,0 +1,297 @@
+//! What this host knows durably: each device's epoch, attachment and backing, and the VMs it started.
+//!
+//! One redb file. Every write is durable when it returns: the grant of a handover and the commit of an exchange are
+//! such writes. A record that cannot be read is an error, never a guess.
+
+use std::path::{Path, PathBuf};
+
+use belay_block::BackendSpec;
+use belay_wire::{DeviceIdentity, Epoch};
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use serde::{Deserialize, Serialize};
+
+const DEVICES: TableDefinition<'_, &str, &str> = TableDefinition::new("devices");
+const VMS: TableDefinition<'_, &str, &str> = TableDefinition::new("vms");
+
+/// What becomes of a device's backing after a handover.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// It follows the guest.
+    #[default]
+    Follow,
+    /// It stays where it is.
+    Stay,
+}
+
+/// Where a device's guest and backing are, as this host has agreed to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "role", rename_all = "snake_case")]
+pub enum RoleRecord {
+    /// Both here.
+    Local {
+        /// The backend.
+        backend: BackendSpec,
+    },
+    /// The backing is here, the guest at another host.
+    Lent {
+        /// The backend.
+        backend: BackendSpec,
+        /// The host with the guest.
+        to: String,
+    },
+    /// The guest may come here.
+    Prepared {
+        /// The host that has the device.
+        from: String,
+        /// What to do afterwards.
+        mode: Mode,
+        /// Held back at the new backend, in microseconds, as at the old one.
+        delay_us: Option<u64>,
+    },
+    /// The guest is here, the backing at another host.
+    Remote {
+        /// The host with the backing.
+        backing: String,
+        /// As in [`RoleRecord::Prepared`].
+        delay_us: Option<u64>,
+    },
+    /// The guest is here, the backing is being copied here.
+    Exchanging {
+        /// The host with the backing.
+        backing: String,
+        /// The new backend.
+        backend: BackendSpec,
+    },
+    /// Everything is here; the other host has been, or is about to be, asked to commit.
+    Cutting {
+        /// The host with the backing.
+        backing: String,
+        /// The new backend.
+        backend: BackendSpec,
+    },
+    /// The device has left this host.
+    Tombstone {
+        /// Where to.
+        moved_to: String,
+        /// What it was stored in here.
+        backend: BackendSpec,
+    },
+}
+
+/// A device's record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceRecord {
+    /// Version of this record.
+    pub schema: u32,
+    /// What the device is.
+    pub identity: DeviceIdentity,
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// Its role here.
+    pub role: RoleRecord,
+}
+
+/// A VM's record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmRecord {
+    /// Version of this record.
+    pub schema: u32,
+    /// Its name.
+    pub name: String,
+    /// Its specification as JSON; `None` for an adopted VM.
+    pub spec: Option<serde_json::Value>,
+    /// Its QMP socket.
+    pub qmp: PathBuf,
+    /// Process id, and start time by which it is recognised.
+    pub process: Option<serde_json::Value>,
+    /// Names of its devices.
+    pub devices: Vec<String>,
+}
+
+/// The version of records that this build writes.
+pub const SCHEMA: u32 = 1;
+
+/// Why the ledger cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum LedgerError {
+    /// The file cannot be opened or is damaged.
+    #[error("the ledger {path} cannot be opened: {reason}. Nothing was changed. Restore it from a backup; the other hosts' ledgers tell where devices are", path = .path.display())]
+    Open {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// A read or write failed.
+    #[error("the ledger failed: {0}")]
+    Storage(String),
+    /// A record that this build cannot read.
+    #[error("the ledger's record {key} cannot be read: {reason}")]
+    Record {
+        /// Which.
+        key: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+fn storage(error: impl std::fmt::Display) -> LedgerError {
+    LedgerError::Storage(error.to_string())
+}
+
+/// The ledger. Calls block for as long as the disk takes.
+pub struct Ledger {
+    database: Database,
+}
+
+impl Ledger {
+    /// Opens or creates it.
+    ///
+    /// # Errors
+    /// It is damaged, in use, or cannot be created.
+    pub fn open(path: &Path) -> Result<Self, LedgerError> {
+        let failed = |reason: String| LedgerError::Open { path: path.to_owned(), reason };
+        let database = Database::create(path).map_err(|error| failed(error.to_string()))?;
+        let transaction = database.begin_write().map_err(|error| failed(error.to_string()))?;
+        transaction.open_table(DEVICES).map_err(|error| failed(error.to_string()))?;
+        transaction.open_table(VMS).map_err(|error| failed(error.to_string()))?;
+        transaction.commit().map_err(|error| failed(error.to_string()))?;
+        Ok(Self { database })
+    }
+
+    fn write(
+        &self,
+        table: TableDefinition<'_, &'static str, &'static str>,
+        key: &str,
+        value: Option<&str>,
+    ) -> Result<(), LedgerError> {
+        let transaction = self.database.begin_write().map_err(storage)?;
+        {
+            let mut table = transaction.open_table(table).map_err(storage)?;
+            match value {
+                Some(value) => table.insert(key, value).map_err(storage)?,
+                None => table.remove(key).map_err(storage)?,
+            };
+        }
+        transaction.commit().map_err(storage)
+    }
+
+    fn all<T: serde::de::DeserializeOwned>(
+        &self,
+        table: TableDefinition<'_, &'static str, &'static str>,
+    ) -> Result<Vec<T>, LedgerError> {
+        let transaction = self.database.begin_read().map_err(storage)?;
+        let table = transaction.open_table(table).map_err(storage)?;
+        let mut records = Vec::new();
+        for entry in table.iter().map_err(storage)? {
+            let (key, value) = entry.map_err(storage)?;
+            let record = serde_json::from_str(value.value()).map_err(|error| LedgerError::Record {
+                key: key.value().to_owned(),
+                reason: error.to_string(),
+            })?;
+            records.push(record);
+        }
+        Ok(records)
+    }
+
+    /// Writes a device's record, durably.
+    ///
+    /// # Errors
+    /// The disk.
+    pub fn put_device(&self, record: &DeviceRecord) -> Result<(), LedgerError> {
+        let text = serde_json::to_string(record).map_err(storage)?;
+        self.write(DEVICES, &record.identity.id.to_string(), Some(&text))
+    }
+
+    /// Forgets a device.
+    ///
+    /// # Errors
+    /// The disk.
+    pub fn remove_device(&self, id: belay_wire::DeviceId) -> Result<(), LedgerError> {
+        self.write(DEVICES, &id.to_string(), None)
+    }
+
+    /// All devices.
+    ///
+    /// # Errors
+    /// The disk, or a record that cannot be read.
+    pub fn devices(&self) -> Result<Vec<DeviceRecord>, LedgerError> {
+        self.all(DEVICES)
+    }
+
+    /// Writes a VM's record, durably.
+    ///
+    /// # Errors
+    /// The disk.
+    pub fn put_vm(&self, record: &VmRecord) -> Result<(), LedgerError> {
+        let text = serde_json::to_string(record).map_err(storage)?;
+        self.write(VMS, &record.name, Some(&text))
+    }
+
+    /// Forgets a VM.
+    ///
+    /// # Errors
+    /// The disk.
+    pub fn remove_vm(&self, name: &str) -> Result<(), LedgerError> {
+        self.write(VMS, name, None)
+    }
+
+    /// All VMs.
+    ///
+    /// # Errors
+    /// The disk, or a record that cannot be read.
+    pub fn vms(&self) -> Result<Vec<VmRecord>, LedgerError> {
+        self.all(VMS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use belay_wire::DeviceId;
+    use belay_wire::device::{BlockGeometry, DeviceClass};
+
+    use super::*;
+
+    fn record() -> DeviceRecord {
+        DeviceRecord {
+            schema: SCHEMA,
+            identity: DeviceIdentity {
+                id: DeviceId::random(),
+                name: "disk0".into(),
+                vm: None,
+                class: DeviceClass::Block(BlockGeometry {
+                    size_bytes: 512,
+                    block_bytes: 512,
+                    queues: 1,
+                    queue_entries: 128,
+                    read_only: false,
+                    serial: String::new(),
+                }),
+            },
+            epoch: Epoch(3),
+            role: RoleRecord::Lent { backend: BackendSpec::file("/a".into()), to: "b".into() },
+        }
+    }
+
+    #[test]
+    fn record_is_there_after_the_ledger_was_opened_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("ledger.redb");
+        let record = record();
+        Ledger::open(&path).unwrap().put_device(&record).unwrap();
+        let ledger = Ledger::open(&path).unwrap();
+        assert_eq!(ledger.devices().unwrap(), [record.clone()]);
+        ledger.remove_device(record.identity.id).unwrap();
+        assert!(ledger.devices().unwrap().is_empty());
+    }
+
+    #[test]
+    fn damaged_ledger_is_refused_with_the_way_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("ledger.redb");
+        std::fs::write(&path, vec![0x5a; 8192]).unwrap();
+        let error = Ledger::open(&path).err().unwrap().to_string();
+        assert!(error.contains("backup"), "{error}");
+    }
+}

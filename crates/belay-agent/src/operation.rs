@@ -1,0 +1,206 @@
+//! Long work that callers follow: migrations.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
+
+use crate::error::AgentError;
+use crate::view::ExchangeView;
+
+/// One check before the work.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Check {
+    /// What was checked.
+    pub name: String,
+    /// Whether it allows the migration.
+    pub ok: bool,
+    /// What was found.
+    pub message: String,
+}
+
+/// Progress of a VM's memory, in bytes.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct RamView {
+    /// In all.
+    pub total: u64,
+    /// Sent.
+    pub transferred: u64,
+    /// Still to send.
+    pub remaining: u64,
+}
+
+/// A device of the operation.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct OperationDevice {
+    /// Its name.
+    pub name: String,
+    /// Its state at the destination.
+    pub state: String,
+    /// Its exchange, while it is copied.
+    pub exchange: Option<ExchangeView>,
+}
+
+/// What a migration measured.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Report {
+    /// The VM's.
+    pub migration: MigrationFigures,
+    /// The devices': the worst of them.
+    pub handover: HandoverReport,
+}
+
+/// Times of a VM's migration, in milliseconds.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct MigrationFigures {
+    /// QEMU's total time.
+    pub total_ms: u64,
+    /// How long the guest stood still, as QEMU's source sees it.
+    pub downtime_ms: u64,
+    /// From the command to the guest running at the destination.
+    pub running_at_destination_ms: f64,
+}
+
+/// Figures of a device's handover.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct HandoverReport {
+    /// Requests in flight at the switchover.
+    pub requests_in_flight: u64,
+    /// From the claim to the grant.
+    pub grant_ms: f64,
+    /// Last completion given to the guest by the source's agent to the first by the destination's; `null` if the
+    /// hosts do not share a clock, or the guest had none.
+    pub gap_ms: Option<f64>,
+}
+
+/// An operation as callers see it.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct OperationView {
+    /// Its id.
+    pub id: String,
+    /// `migrate`.
+    pub kind: String,
+    /// The VM.
+    pub vm: String,
+    /// The destination.
+    pub to: String,
+    /// `follow` or `stay`.
+    pub mode: String,
+    /// `running`, `done`, `failed` or `cancelled`.
+    pub state: String,
+    /// Where it is: `precheck`, `prepare`, `memory`, `switchover`, `finish`.
+    pub phase: String,
+    /// Whether it can still be taken back.
+    pub abortable: bool,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<AgentError>,
+    /// Checks before it began.
+    pub checks: Vec<Check>,
+    /// Its memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ram: Option<RamView>,
+    /// Its devices.
+    pub devices: Vec<OperationDevice>,
+    /// What was measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub report: Option<Report>,
+}
+
+/// A running or finished operation.
+pub struct Operation {
+    view: Mutex<OperationView>,
+    abort: AtomicBool,
+    pub(crate) abort_asked: Notify,
+}
+
+impl Operation {
+    /// As callers see it.
+    #[must_use]
+    pub fn view(&self) -> OperationView {
+        self.view.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn update(&self, change: impl FnOnce(&mut OperationView)) {
+        change(&mut self.view.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+    }
+
+    pub(crate) fn phase(&self, phase: &str, abortable: bool) {
+        self.update(|view| {
+            view.phase = phase.to_owned();
+            view.abortable = abortable;
+        });
+    }
+
+    pub(crate) fn wants_abort(&self) -> bool {
+        self.abort.load(Ordering::SeqCst)
+    }
+
+    /// Asks for it to be taken back. `false`: too late.
+    pub(crate) fn ask_abort(&self) -> bool {
+        if !self.view().abortable {
+            return false;
+        }
+        self.abort.store(true, Ordering::SeqCst);
+        self.abort_asked.notify_waiters();
+        true
+    }
+}
+
+/// All operations since the agent started.
+#[derive(Default)]
+pub struct Operations {
+    next: AtomicU64,
+    all: Mutex<BTreeMap<u64, Arc<Operation>>>,
+}
+
+impl Operations {
+    pub(crate) fn begin(&self, vm: &str, to: &str, mode: &str) -> Arc<Operation> {
+        let number = self.next.fetch_add(1, Ordering::SeqCst) + 1;
+        let view = OperationView {
+            id: number.to_string(),
+            kind: "migrate".to_owned(),
+            vm: vm.to_owned(),
+            to: to.to_owned(),
+            mode: mode.to_owned(),
+            state: "running".to_owned(),
+            phase: "precheck".to_owned(),
+            abortable: true,
+            error: None,
+            checks: Vec::new(),
+            ram: None,
+            devices: Vec::new(),
+            report: None,
+        };
+        let operation = Arc::new(Operation {
+            view: Mutex::new(view),
+            abort: AtomicBool::new(false),
+            abort_asked: Notify::new(),
+        });
+        self.all
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .insert(number, Arc::clone(&operation));
+        operation
+    }
+
+    /// All of them, oldest first.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<Operation>> {
+        self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// One of them.
+    ///
+    /// # Errors
+    /// There is none with this id.
+    pub fn get(&self, id: &str) -> Result<Arc<Operation>, AgentError> {
+        let all = self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        id.parse()
+            .ok()
+            .and_then(|number: u64| all.get(&number).cloned())
+            .ok_or_else(|| AgentError::not_found(format!("there is no operation {id}")))
+    }
+}

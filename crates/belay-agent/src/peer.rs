@@ -1,0 +1,264 @@
+//! Calls between agents.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use belay_attach::Command;
+use belay_link::{ControlHandler, HostName, RpcError};
+use belay_wire::{DeviceId, DeviceIdentity, Epoch};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::agent::Agent;
+use crate::device::HandoverFigures;
+use crate::error::AgentError;
+use crate::ledger::{DeviceRecord, Mode, RoleRecord, SCHEMA};
+use crate::view::{DeviceView, device_view};
+
+/// A call that returns nothing.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Done {}
+
+/// `hello`: who are you?
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct HelloAnswer {
+    /// The host's name.
+    pub host: String,
+    /// The agent's version.
+    pub version: String,
+    /// QEMU's version there, as text.
+    pub qemu: Option<String>,
+}
+
+/// Asks about a device.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct DeviceQuery {
+    /// Which.
+    pub id: DeviceId,
+}
+
+/// `device_info`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    /// Capacity in bytes.
+    pub size_bytes: u64,
+    /// Bytes that its backend occupies.
+    pub allocated_bytes: u64,
+}
+
+/// `device_state`: the device as it is there, and what its handover measured.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DeviceState {
+    /// As the API shows it.
+    pub view: DeviceView,
+    /// Its handover to that host.
+    pub figures: HandoverFigures,
+}
+
+/// `prepare`: this device may come to you.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Prepare {
+    /// What it is.
+    pub identity: DeviceIdentity,
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// What becomes of its backing.
+    pub mode: Mode,
+    /// Bytes that following needs.
+    pub needed_bytes: u64,
+    /// As in the ledger.
+    pub delay_us: Option<u64>,
+    /// Only look whether it could be.
+    pub dry_run: bool,
+}
+
+/// `start_incoming`: start this VM, and wait for its memory.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StartIncoming {
+    /// Its specification, resolved.
+    pub spec: Value,
+}
+
+/// Where the memory goes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Incoming {
+    /// A QEMU migration URI.
+    pub uri: String,
+}
+
+/// Names a VM and its devices.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VmQuery {
+    /// The VM.
+    pub vm: String,
+    /// Its devices.
+    pub devices: Vec<DeviceId>,
+}
+
+/// `commit_cut`: everything is here, let go.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct CommitCut {
+    /// Which.
+    pub id: DeviceId,
+    /// The epoch in which it was copied.
+    pub epoch: Epoch,
+}
+
+/// Answers other agents' calls.
+pub struct Peers(pub Arc<Agent>);
+
+fn parse<T: serde::de::DeserializeOwned>(body: Value) -> Result<T, AgentError> {
+    serde_json::from_value(body)
+        .map_err(|error| AgentError::usage(format!("the request is not understood: {error}")))
+}
+
+fn answer<T: Serialize>(value: T) -> Result<Value, AgentError> {
+    serde_json::to_value(value).map_err(|error| AgentError::failed(error.to_string()))
+}
+
+impl ControlHandler for Peers {
+    async fn handle(&self, peer: &HostName, method: &str, body: Value) -> Result<Value, RpcError> {
+        let peer = peer.to_string();
+        let outcome = match method {
+            "hello" => answer(self.0.hello().await),
+            "device_info" => self.0.device_info(&peer, parse(body).map_err(rpc)?).and_then(answer),
+            "device_state" => self.0.device_state(&peer, parse(body).map_err(rpc)?).and_then(answer),
+            "prepare" => self.0.prepare(&peer, parse(body).map_err(rpc)?).await.and_then(answer),
+            "start_incoming" => self.0.start_incoming(parse(body).map_err(rpc)?).await.and_then(answer),
+            "incoming_done" => self.0.incoming_done(parse(body).map_err(rpc)?).await.and_then(answer),
+            "abort_incoming" => {
+                self.0.abort_incoming(&peer, parse(body).map_err(rpc)?).await.and_then(answer)
+            }
+            "commit_cut" => {
+                let request = parse(body).map_err(rpc)?;
+                self.0.commit_cut(&peer, &request).await.and_then(answer)
+            }
+            _ => return Err(RpcError::unknown_method(method)),
+        };
+        outcome.map_err(rpc)
+    }
+}
+
+fn rpc(error: AgentError) -> RpcError {
+    RpcError::new(&error.code, error.message)
+}
+
+impl Agent {
+    async fn hello(&self) -> HelloAnswer {
+        let qemu = belay_vmm::Qemu::find(self.config.vmm.qemu.as_deref()).await.ok();
+        HelloAnswer {
+            host: self.host(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            qemu: qemu.map(|qemu| qemu.version.to_string()),
+        }
+    }
+
+    /// A peer may ask only about devices that it shares with this host.
+    fn shared_device(&self, peer: &str, id: DeviceId) -> Result<Arc<crate::device::Managed>, AgentError> {
+        let unknown = || AgentError::not_found("there is no such device here, or it is not shared with you");
+        let device = self.device_by_id(id).ok_or_else(unknown)?;
+        let shared = match device.role() {
+            RoleRecord::Lent { to, .. } => to == peer,
+            RoleRecord::Prepared { from, .. } => from == peer,
+            RoleRecord::Remote { backing, .. }
+            | RoleRecord::Exchanging { backing, .. }
+            | RoleRecord::Cutting { backing, .. } => backing == peer,
+            // It may have come from that peer, which follows its exchange to the end.
+            RoleRecord::Local { .. } => true,
+            RoleRecord::Tombstone { .. } => false,
+        };
+        if shared { Ok(device) } else { Err(unknown()) }
+    }
+
+    fn device_info(&self, peer: &str, query: DeviceQuery) -> Result<DeviceInfo, AgentError> {
+        let device = self.shared_device(peer, query.id)?;
+        self.info_of(&device)
+    }
+
+    /// Size and allocation of a device that is backed here.
+    pub(crate) fn info_of(&self, device: &crate::device::Managed) -> Result<DeviceInfo, AgentError> {
+        use std::os::unix::fs::MetadataExt;
+        let belay_wire::device::DeviceClass::Block(geometry) = device.identity().class;
+        let path = match device.role() {
+            RoleRecord::Local { backend } | RoleRecord::Lent { backend, .. } => backend.path,
+            _ => None,
+        };
+        let allocated_bytes = path
+            .and_then(|path| std::fs::metadata(path).ok())
+            .filter(std::fs::Metadata::is_file)
+            .map_or(geometry.size_bytes, |metadata| metadata.blocks() * 512);
+        Ok(DeviceInfo { size_bytes: geometry.size_bytes, allocated_bytes })
+    }
+
+    fn device_state(&self, peer: &str, query: DeviceQuery) -> Result<DeviceState, AgentError> {
+        let device = self.shared_device(peer, query.id)?;
+        let figures = *device.figures.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        Ok(DeviceState { view: device_view(self, &device), figures })
+    }
+
+    /// A device may come here: learn it, and connect to where it is.
+    async fn prepare(self: &Arc<Self>, peer: &str, request: Prepare) -> Result<Done, AgentError> {
+        let name = request.identity.name.clone();
+        if let Ok(present) = self.device(&name) {
+            let again = present.identity().id == request.identity.id
+                && matches!(present.role(), RoleRecord::Prepared { from, .. } if from == peer);
+            if !again {
+                return Err(AgentError::precheck(format!(
+                    "host {} has a device {name} already",
+                    self.host()
+                )));
+            }
+            if request.dry_run {
+                return Ok(Done {});
+            }
+            self.drop_device(&present).await?;
+        }
+        if request.mode == Mode::Follow {
+            let folder = self.config.images_dir();
+            std::fs::create_dir_all(&folder).map_err(|error| AgentError::failed(error.to_string()))?;
+            let free =
+                belay_block::free_space(&folder).map_err(|error| AgentError::failed(error.to_string()))?;
+            if free < request.needed_bytes {
+                return Err(AgentError::precheck(format!(
+                    "device {name} needs {} bytes in {} of host {}, {free} are free",
+                    request.needed_bytes,
+                    folder.display(),
+                    self.host()
+                )));
+            }
+        }
+        if request.dry_run {
+            return Ok(Done {});
+        }
+        let role =
+            RoleRecord::Prepared { from: peer.to_owned(), mode: request.mode, delay_us: request.delay_us };
+        let record = DeviceRecord { schema: SCHEMA, identity: request.identity, epoch: request.epoch, role };
+        self.write_record(record.clone()).await?;
+        let device = self.start_device(record).await?;
+        let prepared = device.wait_for(0, &["Prepared", "PeerRefused"], Duration::from_secs(15)).await;
+        match prepared {
+            Ok(text) if text.starts_with("Prepared") => Ok(Done {}),
+            Ok(text) => {
+                self.drop_device(&device).await?;
+                Err(AgentError::failed(format!("device {name}: {peer} refused the connection: {text}")))
+            }
+            Err(error) => {
+                self.drop_device(&device).await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// The migration is over without us: forget what was prepared.
+    pub(crate) async fn abort_prepared(&self, peer: &str, devices: &[DeviceId]) -> Result<(), AgentError> {
+        for id in devices {
+            if let Some(device) = self.device_by_id(*id)
+                && matches!(device.role(), RoleRecord::Prepared { from, .. } if from == peer)
+            {
+                device.send(Command::Shutdown);
+                self.drop_device(&device).await?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,372 @@
+//! VMs of this host: started from a specification, or adopted.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use belay_vmm::{DiskPlug, ProcessId, Qemu, QemuCommand, Qmp, VmSpec, VmmProcess};
+use serde::Serialize;
+
+use crate::agent::Agent;
+use crate::error::AgentError;
+use crate::ledger::{SCHEMA, VmRecord};
+use crate::peer::{Done, Incoming, StartIncoming, VmQuery};
+
+/// How long a QEMU that was started may take to serve QMP.
+const QMP_WITHIN: Duration = Duration::from_secs(20);
+
+/// A VM.
+pub struct Vm {
+    /// Its record.
+    pub record: VmRecord,
+    /// Its QMP connection, opened when first needed.
+    qmp: tokio::sync::Mutex<Option<Qmp>>,
+    /// It waits for its memory.
+    pub incoming: std::sync::atomic::AtomicBool,
+}
+
+/// All VMs.
+#[derive(Default)]
+pub struct Vms {
+    all: Mutex<BTreeMap<String, Arc<Vm>>>,
+}
+
+/// A VM as callers see it.
+#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
+pub struct VmView {
+    /// Its name.
+    pub name: String,
+    /// QEMU's run state, or `gone`.
+    pub state: String,
+    /// QEMU's process id.
+    pub pid: Option<u32>,
+    /// Its QMP socket.
+    pub qmp: String,
+    /// Its devices.
+    pub devices: Vec<String>,
+}
+
+impl Vm {
+    fn process(&self) -> Option<ProcessId> {
+        self.record.process.clone().and_then(|process| serde_json::from_value(process).ok())
+    }
+
+    /// Its specification.
+    ///
+    /// # Errors
+    /// It was adopted, or cannot be read.
+    pub fn spec(&self) -> Result<VmSpec, AgentError> {
+        let spec = self.record.spec.clone().ok_or_else(|| {
+            AgentError::precheck(format!(
+                "VM {} was adopted: how to start it at another host is not known",
+                self.record.name
+            ))
+            .hint("start it with `belay vm run SPEC.toml`")
+        })?;
+        serde_json::from_value(spec).map_err(|error| AgentError::failed(error.to_string()))
+    }
+
+    /// Its QMP connection.
+    ///
+    /// # Errors
+    /// QEMU is gone.
+    pub async fn qmp(&self) -> Result<Qmp, AgentError> {
+        let mut qmp = self.qmp.lock().await;
+        if let Some(open) = qmp.as_ref().filter(|qmp| !qmp.is_closed()) {
+            return Ok(open.clone());
+        }
+        let fresh = Qmp::connect(&self.record.qmp, Duration::from_secs(5))
+            .await
+            .map_err(|error| AgentError::failed(format!("VM {}: {error}", self.record.name)))?;
+        *qmp = Some(fresh.clone());
+        Ok(fresh)
+    }
+}
+
+impl Vms {
+    /// A VM by its name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn get(&self, name: &str) -> Result<Arc<Vm>, AgentError> {
+        let all = self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        all.get(name).cloned().ok_or_else(|| {
+            AgentError::not_found(format!("there is no VM {name} on this host"))
+                .hint("`belay vm list` shows those that are")
+        })
+    }
+
+    fn all(&self) -> Vec<Arc<Vm>> {
+        self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).values().cloned().collect()
+    }
+
+    fn insert(&self, record: VmRecord, incoming: bool) -> Arc<Vm> {
+        let name = record.name.clone();
+        let vm = Arc::new(Vm { record, qmp: tokio::sync::Mutex::default(), incoming: incoming.into() });
+        self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(name, Arc::clone(&vm));
+        vm
+    }
+
+    fn remove(&self, name: &str) {
+        self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(name);
+    }
+}
+
+fn failed(error: impl std::fmt::Display) -> AgentError {
+    AgentError::failed(error.to_string())
+}
+
+impl Agent {
+    /// Finds the VMs of the ledger that still run.
+    ///
+    /// # Errors
+    /// The ledger cannot be read.
+    pub fn find_vms(&self) -> Result<(), AgentError> {
+        for record in self.ledger.vms()? {
+            let alive = record
+                .process
+                .clone()
+                .and_then(|p| serde_json::from_value::<ProcessId>(p).ok())
+                .is_none_or(ProcessId::is_alive);
+            if alive {
+                self.vms.insert(record, false);
+            } else {
+                self.events.note("vm", None, Some(&record.name), "ended while the agent was away");
+                self.ledger.remove_vm(&record.name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// All VMs, described.
+    pub async fn vm_views(&self) -> Vec<VmView> {
+        let mut views = Vec::new();
+        for vm in self.vms.all() {
+            let state = match vm.qmp().await {
+                Ok(qmp) => qmp.query_status().await.map_or_else(|_| "gone".to_owned(), |state| state.status),
+                Err(_) => "gone".to_owned(),
+            };
+            views.push(VmView {
+                name: vm.record.name.clone(),
+                state,
+                pid: vm.process().map(|process| process.pid),
+                qmp: vm.record.qmp.display().to_string(),
+                devices: vm.record.devices.clone(),
+            });
+        }
+        views
+    }
+
+    fn qmp_path(&self, name: &str) -> PathBuf {
+        self.config.runtime_dir.join("vms").join(format!("{name}.qmp"))
+    }
+
+    /// Starts a VM from the text of its specification.
+    ///
+    /// # Errors
+    /// The specification is wrong, a disk is missing, or QEMU does not start.
+    pub async fn run_vm(&self, text: &str) -> Result<Arc<Vm>, AgentError> {
+        let mut spec = VmSpec::from_toml(text).map_err(|error| AgentError::usage(error.to_string()))?;
+        let qemu =
+            Qemu::find(spec.qemu.as_deref().or(self.config.vmm.qemu.as_deref())).await.map_err(failed)?;
+        spec.resolve_machine(&qemu.machines().await.map_err(failed)?).map_err(failed)?;
+        self.start_vm(spec, &qemu, false).await
+    }
+
+    async fn start_vm(&self, spec: VmSpec, qemu: &Qemu, incoming: bool) -> Result<Arc<Vm>, AgentError> {
+        let name = spec.name.clone();
+        if self.vms.get(&name).is_ok() {
+            return Err(AgentError::precheck(format!("host {} has a VM {name} already", self.host())));
+        }
+        let mut disks = Vec::new();
+        for disk in &spec.disks {
+            self.device(&disk.device)?;
+            disks.push(DiskPlug {
+                device: disk.device.clone(),
+                socket: self.config.device_socket(&disk.device),
+            });
+        }
+        let qmp_socket = self.qmp_path(&name);
+        if let Some(folder) = qmp_socket.parent() {
+            std::fs::create_dir_all(folder).map_err(failed)?;
+        }
+        let _ = std::fs::remove_file(&qmp_socket);
+        let accel = qemu.choose_accel(spec.accel, spec.kernel.as_deref()).await.map_err(failed)?;
+        // The same specification on two hosts, but sockets and logs of their own.
+        let mut here = spec.clone();
+        let runtime_dir = self.config.runtime_dir.display().to_string();
+        for argument in &mut here.args {
+            *argument = argument.replace("{runtime_dir}", &runtime_dir);
+        }
+        let command = QemuCommand {
+            spec: &here,
+            version: qemu.version,
+            accel,
+            disks: &disks,
+            qmp_socket: &qmp_socket,
+            incoming,
+            user: self.config.vmm.user.as_deref(),
+        };
+        let arguments = command.arguments().map_err(failed)?;
+        let log = self.config.runtime_dir.join("vms").join(format!("{name}.log"));
+        let process = VmmProcess::start(&qemu.path, &arguments, &log).map_err(failed)?;
+        let record = VmRecord {
+            schema: SCHEMA,
+            name: name.clone(),
+            spec: Some(serde_json::to_value(&spec).map_err(failed)?),
+            qmp: qmp_socket.clone(),
+            process: Some(serde_json::to_value(process.id()).map_err(failed)?),
+            devices: spec.disks.iter().map(|disk| disk.device.clone()).collect(),
+        };
+        self.ledger.put_vm(&record)?;
+        let vm = self.vms.insert(record, incoming);
+        let connected = tokio::select! {
+            connected = Qmp::connect(&qmp_socket, QMP_WITHIN) => connected.map_err(failed),
+            _ = process.exited() => Err(failed("QEMU ended at once")),
+        };
+        match connected {
+            Ok(qmp) => *vm.qmp.lock().await = Some(qmp),
+            Err(error) => {
+                self.forget_vm(&name);
+                let _ = process.kill();
+                return Err(AgentError::failed(format!("VM {name}: {error}")).hint(last_lines(&log)));
+            }
+        }
+        self.events.note(
+            "vm",
+            None,
+            Some(&name),
+            format!(
+                "started, {}, {}",
+                accel.name(),
+                if incoming { "waiting for its memory" } else { "running" }
+            ),
+        );
+        Ok(vm)
+    }
+
+    /// Takes a VM that runs already with this agent's sockets.
+    ///
+    /// # Errors
+    /// There is no QMP at this socket, or a device is not here.
+    pub async fn adopt_vm(
+        &self,
+        name: &str,
+        qmp: &Path,
+        devices: Vec<String>,
+    ) -> Result<Arc<Vm>, AgentError> {
+        if self.vms.get(name).is_ok() {
+            return Err(AgentError::usage(format!("there is a VM {name} already")));
+        }
+        for device in &devices {
+            self.device(device)?;
+        }
+        Qmp::connect(qmp, Duration::from_secs(5)).await.map_err(failed)?;
+        let record = VmRecord {
+            schema: SCHEMA,
+            name: name.to_owned(),
+            spec: None,
+            qmp: qmp.to_owned(),
+            process: None,
+            devices,
+        };
+        self.ledger.put_vm(&record)?;
+        self.events.note("vm", None, Some(name), "adopted");
+        Ok(self.vms.insert(record, false))
+    }
+
+    pub(crate) fn forget_vm(&self, name: &str) {
+        if let Err(error) = self.ledger.remove_vm(name) {
+            tracing::warn!(%error, "the ledger keeps a VM that is gone");
+        }
+        self.vms.remove(name);
+    }
+
+    /// Ends a VM.
+    ///
+    /// # Errors
+    /// There is none, or it does not end.
+    pub async fn stop_vm(&self, name: &str) -> Result<(), AgentError> {
+        let vm = self.vms.get(name)?;
+        if let Ok(qmp) = vm.qmp().await {
+            let _ = qmp.quit().await;
+        }
+        if let Some(id) = vm.process().filter(|id| id.is_alive())
+            && let Ok(process) = VmmProcess::find(id)
+            && tokio::time::timeout(Duration::from_secs(10), process.exited()).await.is_err()
+        {
+            process.kill().map_err(failed)?;
+        }
+        self.forget_vm(name);
+        self.events.note("vm", None, Some(name), "ended");
+        Ok(())
+    }
+
+    /// As a destination: a QEMU that waits for a VM's memory.
+    pub(crate) async fn start_incoming(&self, request: StartIncoming) -> Result<Incoming, AgentError> {
+        let spec: VmSpec = serde_json::from_value(request.spec).map_err(failed)?;
+        spec.check().map_err(failed)?;
+        let qemu =
+            Qemu::find(spec.qemu.as_deref().or(self.config.vmm.qemu.as_deref())).await.map_err(failed)?;
+        let vm = self.start_vm(spec, &qemu, true).await?;
+        let address = self.migration_address();
+        let qmp = vm.qmp().await?;
+        let outcome = async {
+            let port = free_port(&address).map_err(failed)?;
+            let uri = format!("tcp:{address}:{port}");
+            qmp.set_capabilities(&[
+                (belay_vmm::Capability::Events, true),
+                (belay_vmm::Capability::ReturnPath, true),
+            ])
+            .await
+            .map_err(failed)?;
+            qmp.migrate_incoming(&uri).await.map_err(failed)?;
+            Ok(Incoming { uri })
+        }
+        .await;
+        if outcome.is_err() {
+            let _ = self.stop_vm(&vm.record.name).await;
+        }
+        outcome
+    }
+
+    fn migration_address(&self) -> String {
+        self.config.vmm.migration_address.clone().unwrap_or_else(|| {
+            self.config
+                .link
+                .listen
+                .rsplit_once(':')
+                .map_or_else(|| "127.0.0.1".to_owned(), |(address, _)| address.to_owned())
+        })
+    }
+
+    /// As a destination: the VM runs here.
+    pub(crate) async fn incoming_done(&self, request: VmQuery) -> Result<Done, AgentError> {
+        let vm = self.vms.get(&request.vm)?;
+        vm.incoming.store(false, std::sync::atomic::Ordering::SeqCst);
+        self.events.note("migration", None, Some(&request.vm), "runs here");
+        Ok(Done {})
+    }
+
+    /// As a destination: the migration is off.
+    pub(crate) async fn abort_incoming(&self, peer: &str, request: VmQuery) -> Result<Done, AgentError> {
+        if let Ok(vm) = self.vms.get(&request.vm)
+            && vm.incoming.load(std::sync::atomic::Ordering::SeqCst)
+        {
+            self.stop_vm(&request.vm).await?;
+        }
+        self.abort_prepared(peer, &request.devices).await?;
+        Ok(Done {})
+    }
+}
+
+/// A port that nobody listens on at this moment.
+fn free_port(address: &str) -> std::io::Result<u16> {
+    Ok(std::net::TcpListener::bind((address, 0))?.local_addr()?.port())
+}
+
+fn last_lines(log: &Path) -> String {
+    let text = belay_vmm::process::log_tail(log);
+    if text.is_empty() { format!("see {}", log.display()) } else { text }
+}

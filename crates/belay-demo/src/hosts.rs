@@ -1,0 +1,211 @@
+//! The two hosts: network namespaces as root, two loopback addresses otherwise; an agent on each.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+/// How long an agent may take to be ready.
+const READY: Duration = Duration::from_secs(20);
+/// The link's rate as the copier may use it, in bytes per second: slow enough to be watched.
+const EXCHANGE_BYTES_PER_S: u64 = 48 << 20;
+
+/// A host.
+pub(crate) struct Host {
+    pub(crate) name: &'static str,
+    address: String,
+    namespace: Option<String>,
+    pub(crate) folder: PathBuf,
+    pub(crate) images: PathBuf,
+    belay: PathBuf,
+    agent: Option<Child>,
+}
+
+/// Both hosts, and what joins them.
+pub(crate) struct Hosts {
+    pub(crate) all: [Host; 2],
+    namespaces: Vec<String>,
+}
+
+fn run(program: &str, arguments: &[&str]) -> Result<()> {
+    let output =
+        Command::new(program).args(arguments).output().with_context(|| format!("cannot run {program}"))?;
+    ensure!(
+        output.status.success(),
+        "{program} {}: {}",
+        arguments.join(" "),
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(())
+}
+
+impl Hosts {
+    /// Makes the hosts' folders, networks and identities, and starts the agents.
+    pub(crate) fn start(belay: &Path, sockets: &Path, images: &Path) -> Result<Self> {
+        let as_root = rustix::process::geteuid().is_root();
+        let id = std::process::id();
+        let mut hosts = Self {
+            all: [("host-a", 1u8), ("host-b", 2)].map(|(name, number)| Host {
+                name,
+                address: if as_root { format!("10.213.77.{number}") } else { format!("127.0.0.{number}") },
+                namespace: as_root.then(|| format!("belay-{id}-{number}")),
+                folder: sockets.join(name),
+                images: images.join(name),
+                belay: belay.to_owned(),
+                agent: None,
+            }),
+            namespaces: Vec::new(),
+        };
+        if as_root {
+            hosts.make_network(id)?;
+        }
+        hosts.enrol_and_start()?;
+        Ok(hosts)
+    }
+
+    fn make_network(&mut self, id: u32) -> Result<()> {
+        let names: Vec<String> = self.all.iter().filter_map(|host| host.namespace.clone()).collect();
+        for name in &names {
+            run("ip", &["netns", "add", name])?;
+            self.namespaces.push(name.clone());
+            run("ip", &["-n", name, "link", "set", "lo", "up"])?;
+        }
+        let (a, b) = (format!("bl{id}a"), format!("bl{id}b"));
+        run(
+            "ip",
+            &["link", "add", &a, "netns", &names[0], "type", "veth", "peer", "name", &b, "netns", &names[1]],
+        )?;
+        for ((name, device), host) in names.iter().zip([&a, &b]).zip(&self.all) {
+            run("ip", &["-n", name, "addr", "add", &format!("{}/24", host.address), "dev", device])?;
+            run("ip", &["-n", name, "link", "set", device, "up"])?;
+        }
+        Ok(())
+    }
+
+    fn enrol_and_start(&mut self) -> Result<()> {
+        for host in &self.all {
+            host.write_config()?;
+        }
+        let [a, b] = &mut self.all;
+        a.local(&["host", "init", "--name", a.name, "--pki", &a.pki()])?;
+        a.start_agent()?;
+        let token = a.local(&["host", "invite", "--pki", &a.pki(), "--address", &a.endpoint()])?;
+        let token =
+            token.split_whitespace().find(|word| word.starts_with("belay1.")).context("no token")?.to_owned();
+        b.local(&["host", "join", &token, "--name", b.name, "--address", &b.endpoint(), "--pki", &b.pki()])?;
+        b.start_agent()
+    }
+}
+
+impl Drop for Hosts {
+    fn drop(&mut self) {
+        for host in &mut self.all {
+            let _ = host.local(&["vm", "stop", crate::VM]);
+        }
+        for host in &mut self.all {
+            if let Some(mut agent) = host.agent.take() {
+                let pid = rustix::process::Pid::from_child(&agent);
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+                let _ = agent.wait();
+            }
+        }
+        for name in &self.namespaces {
+            let _ = run("ip", &["netns", "del", name]);
+        }
+    }
+}
+
+impl Host {
+    fn pki(&self) -> String {
+        self.folder.join("pki").display().to_string()
+    }
+
+    fn endpoint(&self) -> String {
+        format!("{}:7420", self.address)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.join("agent.sock")
+    }
+
+    /// The guest's console here.
+    pub(crate) fn console(&self) -> PathBuf {
+        self.folder.join("console.sock")
+    }
+
+    fn write_config(&self) -> Result<()> {
+        std::fs::create_dir_all(&self.folder)?;
+        std::fs::create_dir_all(&self.images)?;
+        let text = format!(
+            "state_dir = {:?}\nruntime_dir = {:?}\npki_dir = {:?}\nimages_dir = {:?}\n\n[link]\nlisten = {:?}\n\n[exchange]\nbandwidth_bytes_per_s = {EXCHANGE_BYTES_PER_S}\n",
+            self.folder.join("state"),
+            self.folder,
+            self.folder.join("pki"),
+            self.images,
+            self.endpoint(),
+        );
+        Ok(std::fs::write(self.folder.join("agent.toml"), text)?)
+    }
+
+    /// A command of this host, in its network.
+    fn command(&self) -> Command {
+        match &self.namespace {
+            Some(name) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", name]).arg(&self.belay);
+                command
+            }
+            None => Command::new(&self.belay),
+        }
+    }
+
+    fn start_agent(&mut self) -> Result<()> {
+        let log = std::fs::File::create(self.folder.join("agent.log"))?;
+        let config = self.folder.join("agent.toml");
+        let child = self
+            .command()
+            .args(["agent", "--config"])
+            .arg(&config)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("cannot start an agent")?;
+        self.agent = Some(child);
+        let deadline = Instant::now() + READY;
+        while self.local(&["status"]).is_err() {
+            let ended = self.agent.as_mut().and_then(|agent| agent.try_wait().ok().flatten());
+            if ended.is_some() || Instant::now() > deadline {
+                let log = std::fs::read_to_string(self.folder.join("agent.log")).unwrap_or_default();
+                bail!("the agent of {} did not come up:\n{log}", self.name);
+            }
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    /// Runs `belay` on this host and returns what it prints.
+    pub(crate) fn local(&self, arguments: &[&str]) -> Result<String> {
+        let output = self.command().arg("--socket").arg(self.socket()).args(arguments).output()?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+        ensure!(
+            output.status.success(),
+            "belay {} on {}: {} {}",
+            arguments.join(" "),
+            self.name,
+            text(&output.stdout),
+            text(&output.stderr)
+        );
+        Ok(text(&output.stdout))
+    }
+
+    /// Runs `belay --json`.
+    pub(crate) fn json(&self, arguments: &[&str]) -> Result<Value> {
+        let mut all = vec!["--json"];
+        all.extend(arguments);
+        let text = self.local(&all)?;
+        serde_json::from_str(&text).with_context(|| format!("belay {} printed {text}", arguments.join(" ")))
+    }
+}

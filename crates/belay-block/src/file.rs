@@ -4,76 +4,34 @@
 //! O_DIRECT would refuse (not aligned) is bounced. The OFD lock is taken on the very descriptor that io_uring uses:
 //! queued writes of a killed process keep that descriptor, and with it the lock, until the last of them has landed
 //! (measured; architecture, rule 3).
-#![allow(unsafe_code, reason = "submits addresses to io_uring, and asks the kernel through fcntl and ioctl")]
+#![allow(unsafe_code, reason = "submits addresses to io_uring")]
 
 use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
-use belay_reactor::{Cqe, OwnerId, Ring, Token, opcode, types};
+use belay_reactor::{Cqe, OwnerId, Ring, Token, opcode, squeue, types};
 
 use crate::backend::{Backend, BackendInfo, Done};
 use crate::op::{Buf, Op, OpId, OpKind, Status};
+use crate::open::{
+    Alignment, FileOptions, OpenError, SECTOR, is_direct, lock, open_file, required_alignment, size_of,
+};
 
-/// How a file is opened.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FileOptions {
-    /// O_DIRECT: past the page cache.
-    pub direct: bool,
-    /// Refuse changes.
-    pub read_only: bool,
-    /// Create the file with this size in bytes; it must not exist.
-    pub create_size: Option<u64>,
-}
-
-/// Why a file cannot be a disk.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// It cannot be opened.
-    #[error("cannot open {path}: {source}", path = .path.display())]
-    Open {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// It is neither a file nor a block device.
-    #[error("{path} is neither a regular file nor a block device", path = .path.display())]
-    NotADisk {
-        /// Which.
-        path: PathBuf,
-    },
-    /// Its size cannot be a disk's.
-    #[error("{path} has {size_bytes} bytes: a disk has a multiple of 512, and at least 512", path = .path.display())]
-    Size {
-        /// Which.
-        path: PathBuf,
-        /// Its size.
-        size_bytes: u64,
-    },
-    /// Another process has it.
-    #[error("{path} is in use: another process holds a lock on it", path = .path.display())]
-    Locked {
-        /// Which.
-        path: PathBuf,
-    },
-    /// The description of the backend makes no sense.
-    #[error("{0}")]
-    Spec(String),
-}
-
-/// Operations in flight at most before others wait; the ring's size bounds them anyway.
-const SECTOR: u64 = 512;
 /// Alignment that satisfies any disk of today, in bytes.
 const SAFE_ALIGN: usize = 4096;
 /// Bytes of zeroes written at a time where the kernel cannot zero a range.
 const ZERO_CHUNK: u64 = 1 << 20;
+/// Pieces that the kernel takes at a time (`UIO_MAXIOV`); the rest follows as after a short transfer.
+const MAX_PIECES: usize = 1024;
+/// Bytes given to the kernel at a time: it cuts transfers at 2 GiB less a page.
+const MAX_TRANSFER: usize = 1 << 30;
 
 struct Entry {
     op: Op,
@@ -86,14 +44,64 @@ struct Entry {
     by_writing: bool,
 }
 
+impl Entry {
+    /// What is left of the operation, as a submission that points into this entry.
+    fn submission(&mut self, fd: types::Fd) -> squeue::Entry {
+        let fallocate = |op: &Op, mode| {
+            opcode::Fallocate::new(fd, op.len)
+                .offset(op.offset)
+                .mode(mode | libc::FALLOC_FL_KEEP_SIZE)
+                .build()
+        };
+        match self.op.kind {
+            OpKind::Read => self.transfer(fd, false),
+            OpKind::Write => self.transfer(fd, true),
+            OpKind::WriteZeroes { .. } if self.by_writing => self.transfer(fd, true),
+            OpKind::Flush => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+            OpKind::WriteZeroes { unmap: false } => fallocate(&self.op, libc::FALLOC_FL_ZERO_RANGE),
+            OpKind::WriteZeroes { unmap: true } | OpKind::Discard => {
+                fallocate(&self.op, libc::FALLOC_FL_PUNCH_HOLE)
+            }
+        }
+    }
+
+    fn transfer(&mut self, fd: types::Fd, write: bool) -> squeue::Entry {
+        let offset = self.op.offset + self.done;
+        let left = (self.op.len - self.done) as usize;
+        let (skip, len) =
+            if self.by_writing { (0, left.min(self.buf.len())) } else { (self.done as usize, left) };
+        let rest = self.buf.part(skip, len.min(MAX_TRANSFER));
+        if let [piece] = rest.pieces[..] {
+            let len = piece.len as u32;
+            return if write {
+                opcode::Write::new(fd, piece.base, len).offset(offset).build()
+            } else {
+                opcode::Read::new(fd, piece.base, len).offset(offset).build()
+            };
+        }
+        self.iovecs.clear();
+        let pieces = rest.pieces.iter().take(MAX_PIECES);
+        self.iovecs
+            .extend(pieces.map(|piece| libc::iovec { iov_base: piece.base.cast(), iov_len: piece.len }));
+        let count = self.iovecs.len() as u32;
+        if write {
+            opcode::Writev::new(fd, self.iovecs.as_ptr(), count).offset(offset).build()
+        } else {
+            opcode::Readv::new(fd, self.iovecs.as_ptr(), count).offset(offset).build()
+        }
+    }
+}
+
 // SAFETY: the addresses in `iovecs` point into `buf`, which may cross threads.
 unsafe impl Send for Entry {}
 
 /// A file or block device as a disk.
 pub struct FileBackend {
-    file: File,
+    file: Arc<File>,
     owner: OwnerId,
     info: BackendInfo,
+    /// What O_DIRECT wants; `None` through the page cache.
+    direct: Option<Alignment>,
     is_block_device: bool,
     entries: Vec<Option<Box<Entry>>>,
     free: Vec<usize>,
@@ -101,6 +109,9 @@ pub struct FileBackend {
     spare: Vec<Box<Entry>>,
     in_kernel: usize,
     finished: VecDeque<Done>,
+    /// Entries that the ring had no room for, and when to try again.
+    refused: VecDeque<usize>,
+    retry_at: Option<Instant>,
     cannot_zero: bool,
 }
 
@@ -127,25 +138,28 @@ impl FileBackend {
         if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR) {
             return Err(OpenError::Size { path: path.to_owned(), size_bytes });
         }
-        let align = if is_direct(file.as_raw_fd()) { required_align(&file, is_block_device) } else { 1 };
+        let direct = is_direct(file.as_raw_fd()).then(|| required_alignment(&file, is_block_device));
         let info = BackendInfo {
             size_bytes,
-            block_bytes: align.max(512),
-            memory_align: align,
+            block_bytes: direct.map_or(512, |align| align.block),
+            memory_align: direct.map_or(1, |align| align.memory),
             read_only: options.read_only,
             discard: !options.read_only,
             write_zeroes: !options.read_only,
         };
         Ok(Self {
-            file,
+            file: Arc::new(file),
             owner,
             info,
+            direct,
             is_block_device,
             entries: Vec::new(),
             free: Vec::new(),
             spare: Vec::new(),
             in_kernel: 0,
             finished: VecDeque::new(),
+            refused: VecDeque::new(),
+            retry_at: None,
             cannot_zero: false,
         })
     }
@@ -153,7 +167,7 @@ impl FileBackend {
     /// Whether the page cache is bypassed.
     #[must_use]
     pub fn is_direct(&self) -> bool {
-        self.info.memory_align > 1
+        self.direct.is_some()
     }
 
     fn check(&self, op: &Op) -> Result<(), i32> {
@@ -202,12 +216,15 @@ impl FileBackend {
 
     /// Chooses the memory that the kernel uses.
     fn choose_buffer(&mut self, slot: usize) {
-        let align = self.info.memory_align as usize;
+        let direct = self.direct;
         let Some(entry) = &mut self.entries[slot] else { return };
-        let aligned = entry.op.buf.pieces.iter().all(|piece| {
-            (piece.base as usize).is_multiple_of(align.min(512)) && piece.len.is_multiple_of(align.min(512))
-        });
-        if align == 1 || aligned {
+        let fits = |align: Alignment| {
+            entry.op.buf.pieces.iter().all(|piece| {
+                (piece.base as usize).is_multiple_of(align.memory as usize)
+                    && piece.len.is_multiple_of(align.block as usize)
+            })
+        };
+        if direct.is_none_or(fits) {
             entry.buf = entry.op.buf.clone();
             return;
         }
@@ -218,58 +235,33 @@ impl FileBackend {
         }
     }
 
-    /// Gives what is left of an operation to the kernel.
-    fn push(&mut self, slot: usize, ring: &mut Ring) {
+    /// Gives what is left of an operation to the kernel; if the ring has no room, at the next opportunity.
+    fn push(&mut self, slot: usize, ring: &mut Ring, now: Instant) {
         let fd = types::Fd(self.file.as_raw_fd());
-        let token = Token::new(self.owner, slot as u64);
         let Some(entry) = &mut self.entries[slot] else { return };
-        let Entry { op, buf, iovecs, done, by_writing, .. } = &mut **entry;
-        let by_writing = *by_writing;
-        let offset = op.offset + *done;
-        let write = op.kind == OpKind::Write || by_writing;
-        let sqe = if write || op.kind == OpKind::Read {
-            let skip = if by_writing { 0 } else { *done as usize };
-            let len = if by_writing { (op.len - *done).min(ZERO_CHUNK) as usize } else { buf.len() - skip };
-            let rest = buf.part(skip, len);
-            if let [piece] = rest.pieces[..] {
-                let len = piece.len as u32;
-                if write {
-                    opcode::Write::new(fd, piece.base, len).offset(offset).build()
-                } else {
-                    opcode::Read::new(fd, piece.base, len).offset(offset).build()
-                }
-            } else {
-                iovecs.clear();
-                iovecs.extend(
-                    rest.pieces
-                        .iter()
-                        .map(|piece| libc::iovec { iov_base: piece.base.cast(), iov_len: piece.len }),
-                );
-                let count = iovecs.len() as u32;
-                if write {
-                    opcode::Writev::new(fd, iovecs.as_ptr(), count).offset(offset).build()
-                } else {
-                    opcode::Readv::new(fd, iovecs.as_ptr(), count).offset(offset).build()
-                }
-            }
-        } else {
-            match op.kind {
-                OpKind::Flush => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
-                OpKind::WriteZeroes { unmap: false } => opcode::Fallocate::new(fd, op.len)
-                    .offset(op.offset)
-                    .mode(libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE)
-                    .build(),
-                _ => opcode::Fallocate::new(fd, op.len)
-                    .offset(op.offset)
-                    .mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
-                    .build(),
-            }
-        };
+        let sqe = entry.submission(fd);
         // SAFETY: the entry is boxed and stays in `entries`, with its buffer and iovecs, until its completion has
-        // been taken; if the backend is dropped before, `drop` leaks it.
-        match unsafe { ring.push(sqe, token) } {
+        // been taken; if the backend is dropped before, `drop` leaks it and the descriptor.
+        match unsafe { ring.push(sqe, Token::new(self.owner, slot as u64)) } {
             Ok(()) => self.in_kernel += 1,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.refused.push_back(slot);
+                self.retry_at = Some(now);
+            }
             Err(error) => self.finish(slot, Status::failed(error.raw_os_error().unwrap_or(libc::EIO))),
+        }
+    }
+
+    /// Pushes what the ring had no room for, in order. Stops at the first that it has no room for yet.
+    fn retry(&mut self, ring: &mut Ring, now: Instant) {
+        self.retry_at = None;
+        while self.retry_at.is_none() {
+            let Some(slot) = self.refused.pop_front() else { return };
+            self.push(slot, ring, now);
+        }
+        // `push` put the refused one last: it was first.
+        if let Some(slot) = self.refused.pop_back() {
+            self.refused.push_front(slot);
         }
     }
 
@@ -286,7 +278,7 @@ impl FileBackend {
         self.end(op, status);
     }
 
-    fn transferred(&mut self, slot: usize, bytes: u64, ring: &mut Ring) {
+    fn transferred(&mut self, slot: usize, bytes: u64, ring: &mut Ring, now: Instant) {
         let Some(entry) = &mut self.entries[slot] else { return };
         entry.done += bytes;
         let (done, len) = (entry.done, entry.op.len);
@@ -296,19 +288,19 @@ impl FileBackend {
             // The file ends before the disk does: somebody has cut it.
             self.finish(slot, Status::Failed { errno: libc::EIO });
         } else {
-            self.push(slot, ring);
+            self.push(slot, ring, now);
         }
     }
 
     /// The kernel cannot do it that way: try another.
-    fn unsupported(&mut self, slot: usize, ring: &mut Ring) {
+    fn unsupported(&mut self, slot: usize, ring: &mut Ring, now: Instant) {
         let Some(entry) = &mut self.entries[slot] else { return };
         match entry.op.kind {
             OpKind::WriteZeroes { .. } if !entry.by_writing => {
                 self.cannot_zero = true;
                 entry.by_writing = true;
                 entry.buf = Buf::aligned(ZERO_CHUNK.min(entry.op.len) as usize, SAFE_ALIGN);
-                self.push(slot, ring);
+                self.push(slot, ring, now);
             }
             _ => self.finish(slot, Status::Unsupported),
         }
@@ -320,7 +312,7 @@ impl Backend for FileBackend {
         self.info.clone()
     }
 
-    fn submit(&mut self, op: Op, ring: &mut Ring, _now: Instant) {
+    fn submit(&mut self, op: Op, ring: &mut Ring, now: Instant) {
         if let Err(errno) = self.check(&op) {
             self.end(op, Status::failed(errno));
             return;
@@ -330,30 +322,46 @@ impl Backend for FileBackend {
         match kind {
             OpKind::Read | OpKind::Write => self.choose_buffer(slot),
             OpKind::WriteZeroes { unmap: false } if self.cannot_zero => {
-                self.unsupported(slot, ring);
+                self.unsupported(slot, ring, now);
                 return;
             }
             _ => {}
         }
-        self.push(slot, ring);
+        self.push(slot, ring, now);
     }
 
-    fn on_completion(&mut self, cqe: Cqe, ring: &mut Ring, _now: Instant) {
+    fn on_completion(&mut self, cqe: Cqe, ring: &mut Ring, now: Instant) {
         if cqe.token.owner != self.owner {
             return;
         }
         let slot = cqe.token.slot as usize;
-        let Some(entry) = self.entries.get(slot).and_then(Option::as_ref) else { return };
+        if self.entries.get(slot).is_none_or(Option::is_none) {
+            return;
+        }
         self.in_kernel -= 1;
+        if !self.refused.is_empty() {
+            self.retry(ring, now);
+        }
+        let Some(entry) = self.entries.get(slot).and_then(Option::as_ref) else { return };
         let transfers = matches!(entry.op.kind, OpKind::Read | OpKind::Write) || entry.by_writing;
         match cqe.res {
-            bytes if bytes >= 0 && transfers => self.transferred(slot, bytes as u64, ring),
+            bytes if bytes >= 0 && transfers => self.transferred(slot, bytes as u64, ring, now),
             bytes if bytes >= 0 => self.finish(slot, Status::Ok),
             error => match -error {
-                libc::EINTR | libc::EAGAIN => self.push(slot, ring),
-                libc::EOPNOTSUPP | libc::ENOSYS if !transfers => self.unsupported(slot, ring),
+                libc::EINTR | libc::EAGAIN => self.push(slot, ring, now),
+                libc::EOPNOTSUPP | libc::ENOSYS if !transfers => self.unsupported(slot, ring, now),
                 errno => self.finish(slot, Status::failed(errno)),
             },
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        self.retry_at
+    }
+
+    fn tick(&mut self, ring: &mut Ring, now: Instant) {
+        if self.retry_at.is_some() {
+            self.retry(ring, now);
         }
     }
 
@@ -416,77 +424,12 @@ impl Backend for FileBackend {
 impl Drop for FileBackend {
     fn drop(&mut self) {
         if self.in_kernel > 0 {
-            // The kernel still reads or writes this memory.
+            // The kernel still reads or writes this memory. And what is queued but not yet submitted names the
+            // descriptor by its number, which the next file to be opened would get: it stays open.
+            std::mem::forget(Arc::clone(&self.file));
             for entry in self.entries.drain(..).flatten() {
                 std::mem::forget(entry);
             }
         }
     }
-}
-
-fn open_file(path: &Path, options: &FileOptions) -> io::Result<File> {
-    let mut how = OpenOptions::new();
-    how.read(true).write(!options.read_only);
-    if options.create_size.is_some() {
-        how.create_new(true);
-    }
-    if options.direct {
-        match how.clone().custom_flags(libc::O_DIRECT | libc::O_CLOEXEC).open(path) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                tracing::warn!(path = %path.display(), "the file system has no O_DIRECT: going through the page cache");
-                how.create_new(false);
-            }
-            other => return other,
-        }
-    }
-    how.custom_flags(libc::O_CLOEXEC).open(path)
-}
-
-/// Takes the OFD lock; `false`: another has it.
-fn lock(fd: RawFd, read_only: bool) -> io::Result<bool> {
-    let kind = if read_only { libc::F_RDLCK } else { libc::F_WRLCK };
-    let range =
-        libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 };
-    // SAFETY: `range` is a valid flock for the length of the call, and OFD locks want `l_pid` 0.
-    if unsafe { libc::fcntl(fd, libc::F_OFD_SETLK, &range) } == 0 {
-        return Ok(true);
-    }
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => Ok(false),
-        _ => Err(error),
-    }
-}
-
-fn is_direct(fd: RawFd) -> bool {
-    // SAFETY: F_GETFL reads flags of a descriptor that is open.
-    unsafe { libc::fcntl(fd, libc::F_GETFL) & libc::O_DIRECT != 0 }
-}
-
-fn size_of(file: &File, is_block_device: bool) -> io::Result<u64> {
-    if is_block_device {
-        rustix::fs::seek(file, rustix::fs::SeekFrom::End(0)).map_err(Into::into)
-    } else {
-        Ok(file.metadata()?.len())
-    }
-}
-
-/// The alignment of memory and offsets that O_DIRECT wants, in bytes.
-fn required_align(file: &File, is_block_device: bool) -> u32 {
-    if !is_block_device {
-        return SECTOR as u32;
-    }
-    let mut bytes: libc::c_int = 0;
-    // SAFETY: BLKSSZGET writes one int to the address.
-    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::BLKSSZGET, &raw mut bytes) };
-    if result == 0 { u32::try_from(bytes).unwrap_or(SECTOR as u32) } else { SECTOR as u32 }
-}
-
-/// Bytes free for an ordinary user on the file system of `path`.
-///
-/// # Errors
-/// The path cannot be looked at.
-pub fn free_space(path: &Path) -> io::Result<u64> {
-    let stat = rustix::fs::statvfs(path)?;
-    Ok(stat.f_bavail * stat.f_frsize)
 }

@@ -9,14 +9,16 @@ mod delay;
 mod file;
 mod memory;
 pub mod op;
+mod open;
 mod spec;
 pub mod testing;
 pub mod virtio;
 
 pub use backend::{Backend, BackendInfo, Done};
 pub use delay::Delay;
-pub use file::{FileBackend, FileOptions, OpenError, free_space};
+pub use file::FileBackend;
 pub use memory::MemoryBackend;
 pub use op::{Buf, IoVec, Op, OpId, OpKind, Status};
+pub use open::{FileOptions, OpenError, free_space};
 pub use spec::{BackendSpec, Driver};
 pub use virtio::StatusByte;

@@ -17,9 +17,21 @@ pub struct MemoryBackend {
 
 impl MemoryBackend {
     /// A disk of zeroes.
+    ///
+    /// # Panics
+    /// There is not so much memory: [`MemoryBackend::try_new`] for sizes that somebody asks for.
     #[must_use]
     pub fn new(size_bytes: u64) -> Self {
-        Self { bytes: Some(vec![0; size_bytes as usize]), size_bytes, finished: VecDeque::new() }
+        Self::try_new(size_bytes).expect("memory for the disk")
+    }
+
+    /// A disk of zeroes; `None` if there is not so much memory. `size_bytes` is a multiple of 512.
+    #[must_use]
+    pub fn try_new(size_bytes: u64) -> Option<Self> {
+        let size = usize::try_from(size_bytes).ok()?;
+        // Asked for and given back: `vec!` would end the process, but takes zero pages without touching them.
+        Vec::<u8>::new().try_reserve_exact(size).ok()?;
+        Some(Self { bytes: Some(vec![0; size]), size_bytes, finished: VecDeque::new() })
     }
 
     /// A disk that keeps nothing.
@@ -78,10 +90,23 @@ impl Backend for MemoryBackend {
     }
 
     fn resize(&mut self, size_bytes: u64) -> std::io::Result<()> {
+        if size_bytes < self.size_bytes || !size_bytes.is_multiple_of(512) {
+            return Err(std::io::Error::from_raw_os_error(libc::EINVAL));
+        }
         if let Some(bytes) = &mut self.bytes {
-            bytes.resize(size_bytes as usize, 0);
+            let no_memory = || std::io::Error::from_raw_os_error(libc::ENOMEM);
+            let size = usize::try_from(size_bytes).map_err(|_| no_memory())?;
+            bytes.try_reserve_exact(size - bytes.len()).map_err(|_| no_memory())?;
+            bytes.resize(size, 0);
         }
         self.size_bytes = size_bytes;
         Ok(())
+    }
+
+    fn data_extents(&self, offset: u64, len: u64) -> std::io::Result<Vec<std::ops::Range<u64>>> {
+        let end = offset.saturating_add(len).min(self.size_bytes);
+        // A disk that keeps nothing is one hole.
+        let all = self.bytes.is_some().then_some(offset..end);
+        Ok(all.into_iter().filter(|range| !range.is_empty()).collect())
     }
 }

@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;
 use crate::delay::Delay;
-use crate::file::{FileBackend, FileOptions, OpenError};
+use crate::file::FileBackend;
 use crate::memory::MemoryBackend;
+use crate::open::{FileOptions, OpenError, SECTOR};
 
 /// What executes a device's requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,15 +81,27 @@ impl BackendSpec {
                 Box::new(FileBackend::open(path, &options, owner)?)
             }
             Driver::Memory => {
-                Box::new(MemoryBackend::new(self.size_bytes.ok_or_else(|| missing("size_bytes"))?))
+                let size = self.whole_size()?;
+                Box::new(MemoryBackend::try_new(size).ok_or_else(|| {
+                    OpenError::Spec(format!("there is no memory for a disk of {size} bytes: ask for less"))
+                })?)
             }
-            Driver::Null => {
-                Box::new(MemoryBackend::null(self.size_bytes.ok_or_else(|| missing("size_bytes"))?))
-            }
+            Driver::Null => Box::new(MemoryBackend::null(self.whole_size()?)),
         };
         Ok(match self.delay_us {
             Some(delay) if delay > 0 => Box::new(Delay::new(inner, Duration::from_micros(delay))),
             _ => inner,
         })
+    }
+
+    /// The size of a disk without a file.
+    fn whole_size(&self) -> Result<u64, OpenError> {
+        match self.size_bytes {
+            Some(size) if size > 0 && size.is_multiple_of(SECTOR) => Ok(size),
+            Some(size) => Err(OpenError::Spec(format!(
+                "`size_bytes` is {size}: a disk has a multiple of 512, and at least 512"
+            ))),
+            None => Err(OpenError::Spec(format!("a {:?} backend needs `size_bytes`", self.driver))),
+        }
     }
 }

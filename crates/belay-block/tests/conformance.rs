@@ -197,3 +197,62 @@ fn grown_file_has_its_new_end_and_shrinking_is_refused() {
     assert_eq!(harness.one(OpKind::Read, SIZE, 512, Buf::aligned(512, 512)).unwrap(), Status::Ok);
     assert!(harness.backend.resize(SIZE).is_err());
 }
+
+#[test]
+fn more_pieces_than_the_kernel_takes_at_once_are_all_transferred() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let mut harness = Harness::new(BackendSpec::file(image(&folder)).build(OWNER).unwrap()).unwrap();
+    let bytes: Vec<u8> = (0..SIZE).map(|at| (at / 512 % 251) as u8).collect();
+    let pieces = |whole: &Buf| {
+        let parts = (0..whole.len() / 512).flat_map(|part| whole.part(part * 512, 512).pieces);
+        Buf { pieces: parts.collect(), keep: whole.keep.clone() }
+    };
+    let from = pieces(&buffer(&bytes, 0));
+    assert_eq!(from.pieces.len(), 2048);
+    assert_eq!(harness.one(OpKind::Write, 0, SIZE, from).unwrap(), Status::Ok);
+    let to = buffer(&vec![0xee; SIZE as usize], 0);
+    assert_eq!(harness.one(OpKind::Read, 0, SIZE, pieces(&to)).unwrap(), Status::Ok);
+    assert!(content(&to) == bytes);
+}
+
+#[test]
+fn queued_writes_of_a_dropped_backend_do_not_reach_the_next_file() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let spec = BackendSpec { direct: false, ..BackendSpec::file(image(&folder)) };
+    let mut harness = Harness::new(spec.build(OWNER).unwrap()).unwrap();
+    harness.submit(OpKind::Write, 0, 4096, buffer(&[9; 4096], 0));
+    harness.backend = Box::new(MemoryBackend::new(SIZE));
+    let next = folder.path().join("next.img");
+    let file = std::fs::File::options().create_new(true).read(true).write(true).open(&next).unwrap();
+    harness.ring.wait(Some(Duration::from_secs(10))).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), 0);
+    assert_eq!(std::fs::read(folder.path().join("disk.img")).unwrap()[..4096], [9; 4096]);
+}
+
+#[test]
+fn impossible_sizes_of_memory_are_refused() {
+    for size_bytes in [0, 100, u64::MAX / 512 * 512, 1 << 60] {
+        let spec = BackendSpec {
+            driver: Driver::Memory,
+            path: None,
+            size_bytes: Some(size_bytes),
+            ..BackendSpec::file("x".into())
+        };
+        assert!(matches!(spec.build(OWNER).err(), Some(OpenError::Spec(_))), "{size_bytes} bytes");
+    }
+    let mut memory = MemoryBackend::new(1024);
+    for size_bytes in [512, 1500, 1 << 60] {
+        assert!(memory.resize(size_bytes).is_err(), "{size_bytes} bytes");
+    }
+    assert_eq!(memory.info().size_bytes, 1024);
+}
+
+/// A file system without FALLOC_FL_ZERO_RANGE: zeroes have to be written.
+#[test]
+fn file_in_a_memory_file_system_keeps_the_contract() {
+    let Ok(folder) = tempfile::tempdir_in("/dev/shm") else {
+        println!("SKIPPED: no file can be made in /dev/shm");
+        return;
+    };
+    suite(&|| BackendSpec::file(image(&folder)).build(OWNER).unwrap());
+}

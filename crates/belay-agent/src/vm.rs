@@ -171,11 +171,6 @@ impl Agent {
         let qemu =
             Qemu::find(spec.qemu.as_deref().or(self.config.vmm.qemu.as_deref())).await.map_err(failed)?;
         spec.resolve_machine(&qemu.machines().await.map_err(failed)?).map_err(failed)?;
-        // Chosen once: a guest does not change its accelerator on the way, and the trial takes seconds.
-        spec.accel = match qemu.choose_accel(spec.accel, spec.kernel.as_deref()).await.map_err(failed)? {
-            belay_vmm::Accel::Kvm => belay_vmm::AccelChoice::Kvm,
-            belay_vmm::Accel::Tcg => belay_vmm::AccelChoice::Tcg,
-        };
         self.start_vm(spec, &qemu, false).await
     }
 

@@ -224,12 +224,15 @@ impl Run<'_> {
                 Ok(Command::Report) => self.console.set_reports(true),
                 Ok(Command::PowerOff) | Err(RecvTimeoutError::Timeout) => break,
                 // No more commands can come; the load goes on until its time is over.
-                Err(RecvTimeoutError::Disconnected) => match end {
-                    Some(end) => std::thread::sleep(end.saturating_duration_since(Instant::now())),
-                    None => loop {
-                        std::thread::park();
-                    },
-                },
+                Err(RecvTimeoutError::Disconnected) => {
+                    let Some(end) = end else {
+                        loop {
+                            std::thread::park();
+                        }
+                    };
+                    std::thread::sleep(end.saturating_duration_since(Instant::now()));
+                    break;
+                }
             }
         }
         self.gate.close(self.options.threads);

@@ -157,3 +157,17 @@ fn changed_file_is_noticed() {
     }
     assert_eq!(stats.snapshot().mismatches, 1);
 }
+
+#[test]
+fn load_without_commands_ends_when_its_time_is_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = image(dir.path());
+    let limited = std::process::Command::new(env!("CARGO_BIN_EXE_belay-probe"))
+        .args(["disk", path.to_str().unwrap(), "--region-mib", "1", "--seconds", "1"])
+        .stdin(std::process::Stdio::null())
+        .output()
+        .unwrap();
+    assert!(limited.status.success());
+    let text = String::from_utf8(limited.stdout).unwrap();
+    assert!(text.lines().last().unwrap().starts_with(r#"{"end":"#), "{text}");
+}

@@ -308,7 +308,7 @@ fn bandwidth_limit_bounds_what_is_asked_for() {
     let mut out = Vec::new();
     pull.tick(Duration::from_secs(1), &mut out);
     let Some(Action::AskExtents { step, .. }) = out.pop() else { panic!("asks first: {out:?}") };
-    pull.extents(step, &[0..64 << 20], &mut out);
+    pull.extents(step, std::slice::from_ref(&(0..64 << 20)), &mut out);
     let mut asked = 0u64;
     for tenth in 11..=20 {
         out.clear();

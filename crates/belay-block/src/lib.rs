@@ -6,19 +6,23 @@
 
 pub mod backend;
 mod delay;
+mod fault;
 mod file;
 mod memory;
 pub mod op;
 mod open;
 mod spec;
 pub mod testing;
+mod throttle;
 pub mod virtio;
 
 pub use backend::{Backend, BackendInfo, Done};
 pub use delay::Delay;
+pub use fault::{Fault, FaultKind, FaultRule};
 pub use file::FileBackend;
 pub use memory::MemoryBackend;
 pub use op::{Buf, IoVec, Op, OpId, OpKind, Status};
 pub use open::{FileOptions, OpenError, free_space};
 pub use spec::{BackendSpec, Driver};
+pub use throttle::{Throttle, ThrottleSpec};
 pub use virtio::StatusByte;

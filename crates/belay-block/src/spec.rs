@@ -8,9 +8,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;
 use crate::delay::Delay;
+use crate::fault::{Fault, FaultRule};
 use crate::file::FileBackend;
 use crate::memory::MemoryBackend;
 use crate::open::{FileOptions, OpenError, SECTOR};
+use crate::throttle::{Throttle, ThrottleSpec};
 
 /// What executes a device's requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,6 +49,12 @@ pub struct BackendSpec {
     /// Hold every operation so long before it begins, in microseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub delay_us: Option<u64>,
+    /// Operations that are made to fail, for tests of what is above; none if empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fault: Vec<FaultRule>,
+    /// How much the disk may do; unlimited if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttle: Option<ThrottleSpec>,
 }
 
 fn yes() -> bool {
@@ -64,16 +72,22 @@ impl BackendSpec {
             direct: true,
             read_only: false,
             delay_us: None,
+            fault: Vec::new(),
+            throttle: None,
         }
     }
 
-    /// Opens it. `owner` must be this backend's alone on its ring.
+    /// Opens it: throttled, then delayed, then made to fail, then the driver. `owner` must be this backend's alone on its ring.
     ///
     /// # Errors
     /// The file cannot be opened or locked, or the description lacks something.
     pub fn build(&self, owner: OwnerId) -> Result<Box<dyn Backend>, OpenError> {
         let missing = |what: &str| OpenError::Spec(format!("a {:?} backend needs `{what}`", self.driver));
-        let inner: Box<dyn Backend> = match self.driver {
+        let problem = self.fault.iter().find_map(FaultRule::problem);
+        if let Some(problem) = problem.or_else(|| self.throttle.and_then(|limits| limits.problem())) {
+            return Err(OpenError::Spec(problem));
+        }
+        let mut backend: Box<dyn Backend> = match self.driver {
             Driver::File => {
                 let path = self.path.as_ref().ok_or_else(|| missing("path"))?;
                 let options =
@@ -88,10 +102,16 @@ impl BackendSpec {
             }
             Driver::Null => Box::new(MemoryBackend::null(self.whole_size()?)),
         };
-        Ok(match self.delay_us {
-            Some(delay) if delay > 0 => Box::new(Delay::new(inner, Duration::from_micros(delay))),
-            _ => inner,
-        })
+        if !self.fault.is_empty() {
+            backend = Box::new(Fault::new(backend, self.fault.clone()));
+        }
+        if let Some(delay) = self.delay_us.filter(|delay| *delay > 0) {
+            backend = Box::new(Delay::new(backend, Duration::from_micros(delay)));
+        }
+        if let Some(limits) = self.throttle {
+            backend = Box::new(Throttle::new(backend, limits));
+        }
+        Ok(backend)
     }
 
     /// The size of a disk without a file.
@@ -103,5 +123,28 @@ impl BackendSpec {
             ))),
             None => Err(OpenError::Spec(format!("a {:?} backend needs `size_bytes`", self.driver))),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::de::value::{Error, MapDeserializer};
+
+    use super::*;
+
+    fn parse(fields: &[(&str, &str)]) -> Result<BackendSpec, Error> {
+        BackendSpec::deserialize(MapDeserializer::new(fields.iter().copied()))
+    }
+
+    #[test]
+    fn path_alone_describes_a_direct_writable_file() {
+        assert_eq!(parse(&[("path", "/a.img")]).unwrap(), BackendSpec::file("/a.img".into()));
+    }
+
+    #[test]
+    fn unknown_fields_and_drivers_are_refused() {
+        assert!(parse(&[("path", "/a.img"), ("readonly", "yes")]).is_err());
+        assert!(parse(&[("driver", "floppy")]).is_err());
+        assert_eq!(parse(&[("driver", "null")]).unwrap().driver, Driver::Null);
     }
 }

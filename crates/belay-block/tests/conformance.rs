@@ -4,7 +4,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use belay_block::testing::Harness;
-use belay_block::{Backend, BackendSpec, Buf, Delay, Driver, MemoryBackend, OpId, OpKind, OpenError, Status};
+use belay_block::{
+    Backend, BackendSpec, Buf, Delay, Driver, FaultRule, MemoryBackend, OpId, OpKind, OpenError, Status,
+    ThrottleSpec,
+};
 use belay_reactor::OwnerId;
 
 const SIZE: u64 = 1 << 20;
@@ -126,6 +129,53 @@ fn delayed_file_keeps_the_contract() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let spec = |path| BackendSpec { delay_us: Some(50), ..BackendSpec::file(path) };
     suite(&|| spec(image(&folder)).build(OWNER).unwrap());
+}
+
+#[test]
+fn throttled_and_delayed_file_with_a_rule_that_never_fires_keeps_the_contract() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let spec = |path| BackendSpec {
+        delay_us: Some(50),
+        fault: vec![FaultRule { first: Some(0), ..FaultRule::all(5) }],
+        throttle: Some(ThrottleSpec { iops: Some(5000), bytes_per_s: Some(1 << 30) }),
+        ..BackendSpec::file(path)
+    };
+    suite(&|| spec(image(&folder)).build(OWNER).unwrap());
+}
+
+#[test]
+fn half_of_many_operations_in_flight_fail_and_all_end_once() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let fault = vec![FaultRule { every: Some(2), ..FaultRule::all(5) }];
+    let spec = BackendSpec { fault, delay_us: Some(20), ..BackendSpec::file(image(&folder)) };
+    let mut harness = Harness::new(spec.build(OWNER).unwrap()).unwrap();
+    let submitted: Vec<OpId> = (0..1000u64)
+        .map(|block| harness.submit(OpKind::Write, block % 256 * 4096, 4096, Buf::aligned(4096, 4096)))
+        .collect();
+    let done = harness.drain().unwrap();
+    let failed = done.iter().filter(|done| done.status == Status::Failed { errno: 5 }).count();
+    assert_eq!(failed, 500);
+    let mut ended: Vec<OpId> = done.into_iter().map(|done| done.op.id).collect();
+    ended.sort_unstable();
+    assert_eq!(ended, submitted);
+}
+
+#[test]
+fn rules_and_limits_that_make_no_sense_are_refused() {
+    let memory = BackendSpec {
+        driver: Driver::Memory,
+        path: None,
+        size_bytes: Some(SIZE),
+        ..BackendSpec::file("x".into())
+    };
+    let every = FaultRule { every: Some(0), ..FaultRule::all(5) };
+    for rule in [FaultRule::all(0), FaultRule::all(-5), every] {
+        let spec = BackendSpec { fault: vec![rule], ..memory.clone() };
+        assert!(matches!(spec.build(OWNER).err(), Some(OpenError::Spec(_))));
+    }
+    let limits = ThrottleSpec { iops: Some(0), bytes_per_s: None };
+    let spec = BackendSpec { throttle: Some(limits), ..memory };
+    assert!(matches!(spec.build(OWNER).err(), Some(OpenError::Spec(_))));
 }
 
 #[test]

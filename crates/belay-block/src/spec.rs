@@ -137,13 +137,15 @@ mod tests {
     }
 
     #[test]
-    fn path_alone_describes_a_direct_writable_file() {
-        assert_eq!(parse(&[("path", "/a.img")]).unwrap(), BackendSpec::file("/a.img".into()));
+    fn fields_left_out_describe_a_direct_writable_plain_file() {
+        let described = parse(&[("driver", "file")]).unwrap();
+        assert_eq!(described, BackendSpec { path: None, ..BackendSpec::file(PathBuf::new()) });
     }
 
     #[test]
     fn unknown_fields_and_drivers_are_refused() {
-        assert!(parse(&[("path", "/a.img"), ("readonly", "yes")]).is_err());
+        let unknown = parse(&[("driver", "file"), ("readonly", "yes")]).unwrap_err();
+        assert!(unknown.to_string().contains("unknown field `readonly`"));
         assert!(parse(&[("driver", "floppy")]).is_err());
         assert_eq!(parse(&[("driver", "null")]).unwrap().driver, Driver::Null);
     }

@@ -120,7 +120,7 @@ impl QemuCommand<'_> {
                 .ok_or_else(|| CommandError::NoSocket { vm: spec.name.clone(), device: name.clone() })?;
             // Reconnecting keeps the disk alive when the agent restarts: QEMU then hands back the in-flight region.
             // It also lets QEMU start before its backend; it then waits. But QEMU 7.2 does not greet a new backend
-            // if the old one went away while the guest was paused (seen with 7.2.22): the guest must run, or be
+            // if the old one went away while the guest was paused (seen with 7.2.22; 10.0 does): the guest must run, or be
             // reset, for an agent to come back to it.
             let reconnect = if (self.version.major, self.version.minor) >= (9, 2) {
                 format!("reconnect-ms={RECONNECT_MS}")

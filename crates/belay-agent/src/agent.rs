@@ -17,7 +17,7 @@ use crate::config::Config;
 use crate::device::{HandoverFigures, Managed};
 use crate::error::AgentError;
 use crate::events::Events;
-use crate::ledger::{DeviceRecord, Ledger, Mode, RoleRecord, SCHEMA};
+use crate::ledger::{DeviceRecord, Ledger, Mode, RoleRecord, SCHEMA, allowed};
 use crate::operation::Operations;
 use crate::vm::Vms;
 
@@ -96,9 +96,16 @@ impl Agent {
     /// Writes a record durably, then remembers it.
     ///
     /// # Errors
-    /// The disk.
+    /// The disk, or the device cannot go from its role to this one.
     pub async fn record(&self, device: &Managed, epoch: Epoch, role: RoleRecord) -> Result<(), AgentError> {
-        let record = DeviceRecord { epoch, role, ..device.record() };
+        let present = device.record();
+        if epoch < present.epoch || !allowed(&present.role, &role) {
+            return Err(AgentError::fenced(format!(
+                "device {} is {:?} in epoch {}: it cannot become {role:?} in epoch {epoch}",
+                present.identity.name, present.role, present.epoch
+            )));
+        }
+        let record = DeviceRecord { epoch, role, ..present };
         self.write_record(record.clone()).await?;
         device.set_record(record);
         Ok(())
@@ -282,8 +289,14 @@ impl Agent {
     }
 
     async fn attached(self: &Arc<Self>, device: &Arc<Managed>, epoch: Epoch) {
-        let RoleRecord::Prepared { from, mode, delay_us } = device.role() else { return };
-        let role = RoleRecord::Remote { backing: from, delay_us };
+        let RoleRecord::Prepared { from, mode, delay_us, direct, replaces } = device.role() else { return };
+        let role = RoleRecord::Remote {
+            backing: from,
+            delay_us,
+            direct,
+            follow: mode == Mode::Follow,
+            replaces: replaces.and_then(|departed| departed.backend.path),
+        };
         if let Err(error) = self.record(device, epoch, role).await {
             // The source's ledger has the grant; after a restart it is asked.
             self.events.note("handover", Some(&device.name()), None, error.message);
@@ -304,10 +317,15 @@ impl Agent {
     }
 
     async fn back_to_remote(&self, device: &Managed) {
-        if let RoleRecord::Exchanging { backing, backend } | RoleRecord::Cutting { backing, backend } =
-            device.role()
-        {
-            let role = RoleRecord::Remote { backing, delay_us: backend.delay_us };
+        // Not from a cut: the other host may have committed, and then the only copy is here.
+        if let RoleRecord::Exchanging { backing, backend } = device.role() {
+            let role = RoleRecord::Remote {
+                backing,
+                delay_us: backend.delay_us,
+                direct: backend.direct,
+                follow: false,
+                replaces: backend.path.clone(),
+            };
             if self.record(device, device.epoch(), role).await.is_ok()
                 && let Some(path) = backend.path
             {
@@ -433,13 +451,19 @@ impl Agent {
         self.drop_device(&device).await
     }
 
-    /// Stops a device's thread and forgets the record.
+    /// Stops a device's thread and forgets the record, except that the device has been here before.
     pub(crate) async fn drop_device(&self, device: &Managed) -> Result<(), AgentError> {
         let name = device.name();
-        let (ledger, id) = (Arc::clone(&self.ledger), device.identity().id);
-        tokio::task::spawn_blocking(move || ledger.remove_device(id))
-            .await
-            .map_err(|error| AgentError::failed(error.to_string()))??;
+        if let RoleRecord::Prepared { replaces: Some(departed), .. } = device.role() {
+            let role = RoleRecord::Tombstone { moved_to: departed.moved_to, backend: departed.backend };
+            let record = DeviceRecord { epoch: departed.epoch, role, ..device.record() };
+            self.write_record(record).await?;
+        } else {
+            let (ledger, id) = (Arc::clone(&self.ledger), device.identity().id);
+            tokio::task::spawn_blocking(move || ledger.remove_device(id))
+                .await
+                .map_err(|error| AgentError::failed(error.to_string()))??;
+        }
         self.stop_device(device).await;
         self.events.note("device", Some(&name), None, "removed");
         Ok(())
@@ -483,7 +507,7 @@ impl Agent {
 }
 
 /// Names are used in paths and on command lines.
-fn check_name(name: &str) -> Result<(), AgentError> {
+pub(crate) fn check_name(name: &str) -> Result<(), AgentError> {
     let fits = !name.is_empty()
         && name.len() <= 64
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
@@ -493,6 +517,26 @@ fn check_name(name: &str) -> Result<(), AgentError> {
     } else {
         Err(AgentError::usage(format!("{name:?} is no name: letters, digits, `-`, `_` and `.`, at most 64")))
     }
+}
+
+/// What another host says of a device is checked like what a user says.
+pub(crate) fn check_identity(identity: &belay_wire::DeviceIdentity) -> Result<(), AgentError> {
+    check_name(&identity.name)?;
+    let belay_wire::device::DeviceClass::Block(geometry) = &identity.class;
+    let wrong = if geometry.size_bytes == 0 || !geometry.size_bytes.is_multiple_of(512) {
+        "its size is no multiple of 512 bytes"
+    } else if !(1..=64).contains(&geometry.queues) {
+        "it has not 1 to 64 queues"
+    } else if !geometry.queue_entries.is_power_of_two() || geometry.queue_entries > 1024 {
+        "its queues' length is no power of two up to 1024"
+    } else if ![512, 4096].contains(&geometry.block_bytes) {
+        "its blocks have neither 512 nor 4096 bytes"
+    } else if geometry.serial.len() > 20 || !geometry.serial.is_ascii() {
+        "its serial number is not at most 20 ASCII characters"
+    } else {
+        return Ok(());
+    };
+    Err(AgentError::usage(format!("device {}: {wrong}", identity.name)))
 }
 
 /// What the data plane takes of a connection.
@@ -534,4 +578,44 @@ pub(crate) fn listen(path: &Path) -> std::io::Result<std::os::unix::net::UnixLis
 /// Where the map of a device's exchange is kept.
 pub(crate) fn map_path(config: &Config, name: &str) -> PathBuf {
     config.state_dir.join("maps").join(format!("{name}.map"))
+}
+
+#[cfg(test)]
+mod tests {
+    use belay_wire::device::{BlockGeometry, DeviceClass};
+
+    use super::*;
+
+    fn identity(name: &str, change: impl FnOnce(&mut BlockGeometry)) -> belay_wire::DeviceIdentity {
+        let mut geometry = BlockGeometry {
+            size_bytes: 1 << 20,
+            block_bytes: 512,
+            queues: 1,
+            queue_entries: 128,
+            read_only: false,
+            serial: "s".into(),
+        };
+        change(&mut geometry);
+        let class = DeviceClass::Block(geometry);
+        belay_wire::DeviceIdentity { id: DeviceId::random(), name: name.into(), vm: None, class }
+    }
+
+    #[test]
+    fn identity_of_a_peer_that_cannot_be_is_refused() {
+        check_identity(&identity("disk0", |_| {})).unwrap();
+        check_identity(&identity("../../etc/passwd", |_| {})).unwrap_err();
+        check_identity(&identity("", |_| {})).unwrap_err();
+        let refused: [fn(&mut BlockGeometry); 7] = [
+            |geometry| geometry.size_bytes = 513,
+            |geometry| geometry.queues = 0,
+            |geometry| geometry.queues = 65,
+            |geometry| geometry.queue_entries = 100,
+            |geometry| geometry.queue_entries = 2048,
+            |geometry| geometry.block_bytes = 1024,
+            |geometry| geometry.serial = "x".repeat(21),
+        ];
+        for change in refused {
+            check_identity(&identity("disk0", change)).unwrap_err();
+        }
+    }
 }

@@ -32,6 +32,8 @@ pub struct Managed {
     changed: watch::Sender<u64>,
     /// What the last handover to this host measured.
     pub figures: Mutex<HandoverFigures>,
+    /// Held while an exchange begins: two may not make the same file.
+    pub(crate) beginning: tokio::sync::Mutex<()>,
 }
 
 impl Managed {
@@ -44,6 +46,7 @@ impl Managed {
             said: Mutex::default(),
             changed: watch::channel(0).0,
             figures: Mutex::default(),
+            beginning: tokio::sync::Mutex::default(),
         }
     }
 

@@ -1,6 +1,6 @@
 //! Exchanges: where the new backend comes from, and the commit on both hosts.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,7 +26,8 @@ impl Agent {
         bandwidth: Option<u64>,
     ) -> Result<(), AgentError> {
         let name = device.name();
-        let RoleRecord::Remote { backing, delay_us } = device.role() else {
+        let _beginning = device.beginning.lock().await;
+        let RoleRecord::Remote { backing, delay_us, direct, replaces, .. } = device.role() else {
             return Err(AgentError::precheck(format!(
                 "device {name} is not backed by another host, or is being brought here already"
             )));
@@ -37,47 +38,29 @@ impl Agent {
             .await
             .map_err(|error| AgentError::unreachable(error.to_string()))?;
         let path = path.unwrap_or_else(|| self.config.images_dir().join(format!("{name}.img")));
-        self.create_image(&name, &path, info.size_bytes, info.allocated_bytes)?;
-        let backend = BackendSpec { delay_us, ..BackendSpec::file(path) };
+        let mut others = self.ledger.devices()?.into_iter().filter(|record| {
+            record.identity.id != device.identity().id && record.role.path() == Some(path.as_path())
+        });
+        if let Some(other) = others.next_back() {
+            return Err(AgentError::precheck(format!(
+                "device {name} cannot come to {}: device {} is kept there",
+                path.display(),
+                other.identity.name
+            ))
+            .hint("name another file with `belay exchange --path`"));
+        }
+        make_room(&name, &path, info.allocated_bytes)?;
+        create_image(&name, &path, info.size_bytes, replaces.as_deref())?;
+        let backend = BackendSpec { delay_us, direct, ..BackendSpec::file(path.clone()) };
         let _ = std::fs::remove_file(map_path(&self.config, &name));
-        self.record(
-            device,
-            device.epoch(),
-            RoleRecord::Exchanging { backing: backing.clone(), backend: backend.clone() },
-        )
-        .await?;
+        let role = RoleRecord::Exchanging { backing: backing.clone(), backend: backend.clone() };
+        if let Err(error) = self.record(device, device.epoch(), role).await {
+            // It was made just now, and holds nothing.
+            let _ = std::fs::remove_file(&path);
+            return Err(error);
+        }
         self.events.note("exchange", Some(&name), None, format!("begins, from {backing}"));
         self.start_copy(device, &backend, bandwidth).await
-    }
-
-    /// Makes the file that a disk comes to, empty: what an earlier stay of the device left there is old.
-    fn create_image(
-        &self,
-        name: &str,
-        path: &std::path::Path,
-        size_bytes: u64,
-        needed_bytes: u64,
-    ) -> Result<(), AgentError> {
-        let failed =
-            |error: std::io::Error| AgentError::failed(format!("device {name}: {}: {error}", path.display()));
-        if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder).map_err(failed)?;
-            let free = belay_block::free_space(folder).map_err(failed)?;
-            if free < needed_bytes {
-                return Err(AgentError::precheck(format!(
-                    "device {name} needs {needed_bytes} bytes in {}, {free} are free",
-                    folder.display()
-                ))
-                .hint("free some space, then run `belay exchange`"));
-            }
-        }
-        match std::fs::remove_file(path) {
-            Ok(()) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(failed(error)),
-        }
-        let file = std::fs::OpenOptions::new().write(true).create_new(true).open(path).map_err(failed)?;
-        file.set_len(size_bytes).and_then(|()| file.sync_all()).map_err(failed)
     }
 
     /// After a restart: goes on with what the map says is here.
@@ -240,5 +223,85 @@ impl Agent {
         );
         self.stop_device(&device).await;
         Ok(Done {})
+    }
+}
+
+fn image_error(name: &str, path: &Path, error: &std::io::Error) -> AgentError {
+    AgentError::failed(format!("device {name}: {}: {error}", path.display()))
+}
+
+/// The folder that a disk comes to, and room in it.
+fn make_room(name: &str, path: &Path, needed_bytes: u64) -> Result<(), AgentError> {
+    let Some(folder) = path.parent() else { return Ok(()) };
+    std::fs::create_dir_all(folder).map_err(|error| image_error(name, folder, &error))?;
+    let free = belay_block::free_space(folder).map_err(|error| image_error(name, folder, &error))?;
+    if free < needed_bytes {
+        return Err(AgentError::precheck(format!(
+            "device {name} needs {needed_bytes} bytes in {}, {free} are free",
+            folder.display()
+        ))
+        .hint("free some space, then run `belay exchange`"));
+    }
+    Ok(())
+}
+
+/// Makes the file that a disk comes to. A file that is there already is only removed if it is `replaces`: what an
+/// earlier stay of the same device, or a copy that was given up, has left.
+fn create_image(name: &str, path: &Path, size_bytes: u64, replaces: Option<&Path>) -> Result<(), AgentError> {
+    let failed = |error: std::io::Error| image_error(name, path, &error);
+    let old = replaces == Some(path)
+        && std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_file());
+    if old {
+        std::fs::remove_file(path).map_err(failed)?;
+    }
+    let file = match std::fs::OpenOptions::new().write(true).create_new(true).open(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            return Err(AgentError::precheck(format!(
+                "device {name} cannot come to {}: there is something already, and it is not this device's",
+                path.display()
+            ))
+            .hint("move it away, or name another file with `belay exchange --path`"));
+        }
+        opened => opened.map_err(failed)?,
+    };
+    let made = file.set_len(size_bytes).and_then(|()| file.sync_all());
+    made.map_err(|error| {
+        let _ = std::fs::remove_file(path);
+        failed(error)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_of_something_else_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk0.img");
+        std::fs::write(&path, b"precious").unwrap();
+        assert_eq!(create_image("disk0", &path, 4096, None).unwrap_err().code, "precheck");
+        let other = folder.path().join("other.img");
+        create_image("disk0", &path, 4096, Some(&other)).unwrap_err();
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn file_of_an_earlier_stay_is_made_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk0.img");
+        std::fs::write(&path, b"old").unwrap();
+        create_image("disk0", &path, 4096, Some(&path)).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), [0; 4096]);
+    }
+
+    #[test]
+    fn symlink_in_place_of_an_earlier_stay_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let (target, path) = (folder.path().join("target"), folder.path().join("disk0.img"));
+        std::fs::write(&target, b"precious").unwrap();
+        std::os::unix::fs::symlink(&target, &path).unwrap();
+        create_image("disk0", &path, 4096, Some(&path)).unwrap_err();
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
     }
 }

@@ -48,6 +48,12 @@ pub enum RoleRecord {
         mode: Mode,
         /// Held back at the new backend, in microseconds, as at the old one.
         delay_us: Option<u64>,
+        /// The new backend bypasses the page cache, as the old one.
+        #[serde(default)]
+        direct: bool,
+        /// What this host keeps of the device's earlier stay.
+        #[serde(default)]
+        replaces: Option<Departed>,
     },
     /// The guest is here, the backing at another host.
     Remote {
@@ -55,6 +61,15 @@ pub enum RoleRecord {
         backing: String,
         /// As in [`RoleRecord::Prepared`].
         delay_us: Option<u64>,
+        /// As in [`RoleRecord::Prepared`].
+        #[serde(default)]
+        direct: bool,
+        /// The backing is to follow the guest as soon as it can.
+        #[serde(default)]
+        follow: bool,
+        /// A file of this device that a new copy may replace: nothing else is ever removed.
+        #[serde(default)]
+        replaces: Option<PathBuf>,
     },
     /// The guest is here, the backing is being copied here.
     Exchanging {
@@ -77,6 +92,52 @@ pub enum RoleRecord {
         /// What it was stored in here.
         backend: BackendSpec,
     },
+}
+
+impl RoleRecord {
+    /// The file that this host serves, or fills, for the device.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Local { backend }
+            | Self::Lent { backend, .. }
+            | Self::Exchanging { backend, .. }
+            | Self::Cutting { backend, .. } => backend.path.as_deref(),
+            Self::Prepared { .. } | Self::Remote { .. } | Self::Tombstone { .. } => None,
+        }
+    }
+}
+
+/// What is kept of a device that has left.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Departed {
+    /// Where it went.
+    pub moved_to: String,
+    /// The epoch in which it left.
+    pub epoch: Epoch,
+    /// What it was stored in here.
+    pub backend: BackendSpec,
+}
+
+/// Whether a device may go from one role to another. Every other change would let two hosts, or none, have it.
+#[must_use]
+pub fn allowed(from: &RoleRecord, to: &RoleRecord) -> bool {
+    use RoleRecord::{Cutting, Exchanging, Lent, Local, Prepared, Remote, Tombstone};
+    match (from, to) {
+        (Local { .. }, Lent { .. })
+        | (Lent { .. }, Tombstone { .. })
+        | (Tombstone { .. }, Prepared { .. })
+        | (Prepared { .. }, Remote { .. } | Tombstone { .. })
+        | (Cutting { .. }, Local { .. }) => true,
+        (Remote { backing, .. }, Remote { backing: after, .. } | Exchanging { backing: after, .. })
+        | (Exchanging { backing, .. }, Remote { backing: after, .. }) => backing == after,
+        (Exchanging { backing, backend }, Cutting { backing: after, backend: kept })
+        | (
+            Cutting { backing, backend },
+            Exchanging { backing: after, backend: kept } | Cutting { backing: after, backend: kept },
+        ) => backing == after && backend == kept,
+        _ => false,
+    }
 }
 
 /// A device's record.
@@ -284,6 +345,54 @@ mod tests {
         assert_eq!(ledger.devices().unwrap(), [record.clone()]);
         ledger.remove_device(record.identity.id).unwrap();
         assert!(ledger.devices().unwrap().is_empty());
+    }
+
+    #[test]
+    fn only_the_changes_of_a_handover_and_an_exchange_are_allowed() {
+        let backend = BackendSpec::file("/a".into());
+        let (host, other) = ("b".to_owned(), "c".to_owned());
+        let remote = |backing: &String| RoleRecord::Remote {
+            backing: backing.clone(),
+            delay_us: None,
+            direct: false,
+            follow: false,
+            replaces: None,
+        };
+        let prepared = RoleRecord::Prepared {
+            from: host.clone(),
+            mode: Mode::Follow,
+            delay_us: None,
+            direct: false,
+            replaces: None,
+        };
+        let all = [
+            RoleRecord::Local { backend: backend.clone() },
+            RoleRecord::Lent { backend: backend.clone(), to: host.clone() },
+            prepared,
+            remote(&host),
+            RoleRecord::Exchanging { backing: host.clone(), backend: backend.clone() },
+            RoleRecord::Cutting { backing: host.clone(), backend: backend.clone() },
+            RoleRecord::Tombstone { moved_to: host.clone(), backend },
+        ];
+        let mut found = Vec::new();
+        for (from, before) in all.iter().enumerate() {
+            for (to, after) in all.iter().enumerate() {
+                if allowed(before, after) {
+                    found.push((from, to));
+                }
+            }
+        }
+        let wanted =
+            [(0, 1), (1, 6), (2, 3), (2, 6), (3, 3), (3, 4), (4, 3), (4, 5), (5, 0), (5, 4), (5, 5), (6, 2)];
+        assert_eq!(found, wanted);
+        assert!(!allowed(&remote(&host), &remote(&other)));
+    }
+
+    #[test]
+    fn record_of_an_earlier_build_can_be_read() {
+        let role: RoleRecord =
+            serde_json::from_str(r#"{"role":"remote","backing":"b","delay_us":null}"#).unwrap();
+        assert!(matches!(role, RoleRecord::Remote { follow: false, direct: false, replaces: None, .. }));
     }
 
     #[test]

@@ -194,6 +194,7 @@ impl Migration {
             mode: self.request.mode,
             needed_bytes: self.agent.info_of(device)?.allocated_bytes,
             delay_us: backend.delay_us,
+            direct: backend.direct,
             dry_run,
         })
     }

@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::agent::Agent;
 use crate::device::HandoverFigures;
 use crate::error::AgentError;
-use crate::ledger::{DeviceRecord, Mode, RoleRecord, SCHEMA};
+use crate::ledger::{Departed, DeviceRecord, Mode, RoleRecord, SCHEMA};
 use crate::view::{DeviceView, device_view};
 
 /// A call that returns nothing.
@@ -68,6 +68,9 @@ pub struct Prepare {
     pub needed_bytes: u64,
     /// As in the ledger.
     pub delay_us: Option<u64>,
+    /// As in the ledger.
+    #[serde(default)]
+    pub direct: bool,
     /// Only look whether it could be.
     pub dry_run: bool,
 }
@@ -198,6 +201,7 @@ impl Agent {
 
     /// A device may come here: learn it, and connect to where it is.
     async fn prepare(self: &Arc<Self>, peer: &str, request: Prepare) -> Result<Done, AgentError> {
+        crate::agent::check_identity(&request.identity)?;
         let name = request.identity.name.clone();
         if let Ok(present) = self.device(&name) {
             let again = present.identity().id == request.identity.id
@@ -213,6 +217,7 @@ impl Agent {
             }
             self.drop_device(&present).await?;
         }
+        self.departed(&request)?;
         if request.mode == Mode::Follow {
             let folder = self.config.images_dir();
             std::fs::create_dir_all(&folder).map_err(|error| AgentError::failed(error.to_string()))?;
@@ -230,8 +235,13 @@ impl Agent {
         if request.dry_run {
             return Ok(Done {});
         }
-        let role =
-            RoleRecord::Prepared { from: peer.to_owned(), mode: request.mode, delay_us: request.delay_us };
+        let role = RoleRecord::Prepared {
+            from: peer.to_owned(),
+            mode: request.mode,
+            delay_us: request.delay_us,
+            direct: request.direct,
+            replaces: self.departed(&request)?,
+        };
         let record = DeviceRecord { schema: SCHEMA, identity: request.identity, epoch: request.epoch, role };
         self.write_record(record.clone()).await?;
         let device = self.start_device(record).await?;
@@ -246,6 +256,26 @@ impl Agent {
                 self.drop_device(&device).await?;
                 Err(error)
             }
+        }
+    }
+
+    /// What is left of an earlier stay of this device.
+    fn departed(&self, request: &Prepare) -> Result<Option<Departed>, AgentError> {
+        let id = request.identity.id;
+        let Some(record) = self.ledger.devices()?.into_iter().find(|record| record.identity.id == id) else {
+            return Ok(None);
+        };
+        match record.role {
+            RoleRecord::Tombstone { moved_to, backend } if record.epoch <= request.epoch => {
+                Ok(Some(Departed { moved_to, epoch: record.epoch, backend }))
+            }
+            role => Err(AgentError::fenced(format!(
+                "device {} is known to host {} in epoch {} ({role:?}), the offer is of epoch {}",
+                request.identity.name,
+                self.host(),
+                record.epoch,
+                request.epoch
+            ))),
         }
     }
 

@@ -305,10 +305,11 @@ impl Agent {
 
     /// As a destination: a QEMU that waits for a VM's memory.
     pub(crate) async fn start_incoming(&self, request: StartIncoming) -> Result<Incoming, AgentError> {
-        let spec: VmSpec = serde_json::from_value(request.spec).map_err(failed)?;
+        let mut spec: VmSpec = serde_json::from_value(request.spec).map_err(failed)?;
         spec.check().map_err(failed)?;
-        let qemu =
-            Qemu::find(spec.qemu.as_deref().or(self.config.vmm.qemu.as_deref())).await.map_err(failed)?;
+        // Which program runs here is for this host to say, not for the one that asks.
+        spec.qemu = None;
+        let qemu = Qemu::find(self.config.vmm.qemu.as_deref()).await.map_err(failed)?;
         let vm = self.start_vm(spec, &qemu, true).await?;
         let address = self.migration_address();
         let qmp = vm.qmp().await?;

@@ -29,6 +29,7 @@ fn migrate(
     let socket = net.path(&format!("vmm-{leg}.sock"));
     to.listen(&socket);
     guest.run(200, 16);
+    guest.fill(16);
     guest.stop();
     guest.migrate_away();
     guest.connect(&socket);
@@ -88,6 +89,7 @@ fn pause_and_resume_completes_what_was_in_flight() {
     let (_, _host, mut guest) = start(&net, 2, 500, 2);
     for _ in 0..20 {
         guest.run(100, 16);
+        guest.fill(16);
         guest.stop();
         assert!(guest.in_flight() > 0);
         guest.start();

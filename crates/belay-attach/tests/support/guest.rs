@@ -410,6 +410,19 @@ impl Guest {
         }
     }
 
+    /// Offers requests until every queue has so many in flight (or happens to draw a block that is busy).
+    pub fn fill(&mut self, depth: usize) {
+        for queue in 0..self.queues {
+            let mut offered = false;
+            while self.in_flight.keys().filter(|(q, _)| *q == queue).count() < depth && self.offer(queue) {
+                offered = true;
+            }
+            if offered {
+                self.kick(queue);
+            }
+        }
+    }
+
     /// Waits until nothing is in flight.
     pub fn drain(&mut self) {
         let deadline = Instant::now() + PATIENCE;

@@ -121,7 +121,7 @@ impl FileBackend {
     /// # Errors
     /// See [`OpenError`].
     pub fn open(path: &Path, options: &FileOptions, owner: OwnerId) -> Result<Self, OpenError> {
-        let failed = |source| OpenError::Open { path: path.to_owned(), source };
+        let failed = |source| OpenError::of(path, source);
         let file = open_file(path, options).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
         let is_block_device = metadata.file_type().is_block_device();

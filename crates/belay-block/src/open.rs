@@ -33,6 +33,24 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
+    /// There is nothing of that name.
+    #[error("{path} does not exist: create it, or give the path of a file or block device that does", path = .path.display())]
+    Missing {
+        /// Which.
+        path: PathBuf,
+    },
+    /// This process may not open it.
+    #[error("{path} may not be opened by this process: change its owner or mode", path = .path.display())]
+    Permission {
+        /// Which.
+        path: PathBuf,
+    },
+    /// Its file system is full.
+    #[error("the file system has no room for {path}: free some space or raise the quota", path = .path.display())]
+    NoSpace {
+        /// Which.
+        path: PathBuf,
+    },
     /// It is neither a file nor a block device.
     #[error("{path} is neither a regular file nor a block device", path = .path.display())]
     NotADisk {
@@ -56,6 +74,20 @@ pub enum OpenError {
     /// The description of the backend makes no sense.
     #[error("{0}")]
     Spec(String),
+}
+
+impl OpenError {
+    /// What it means that `path` could not be opened, or looked at, because of `source`.
+    pub(crate) fn of(path: &Path, source: io::Error) -> Self {
+        let path = path.to_owned();
+        match source.raw_os_error() {
+            Some(libc::ENOENT) => Self::Missing { path },
+            Some(libc::EACCES | libc::EPERM) => Self::Permission { path },
+            Some(libc::ENOSPC | libc::EDQUOT) => Self::NoSpace { path },
+            Some(libc::EISDIR) => Self::NotADisk { path },
+            _ => Self::Open { path, source },
+        }
+    }
 }
 
 pub(crate) fn open_file(path: &Path, options: &FileOptions) -> io::Result<File> {

@@ -227,14 +227,18 @@ fn file_that_is_open_elsewhere_is_refused_until_it_is_closed() {
 fn missing_odd_and_foreign_files_are_refused_by_name() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let missing = BackendSpec::file(folder.path().join("nothing.img"));
-    assert!(missing.build(OWNER).err().unwrap().to_string().contains("nothing.img"));
+    let error = missing.build(OWNER).err().unwrap();
+    assert!(matches!(error, OpenError::Missing { .. }) && error.to_string().contains("nothing.img"));
     let odd = folder.path().join("odd.img");
     std::fs::write(&odd, [0; 700]).unwrap();
     assert!(matches!(
         BackendSpec::file(odd).build(OWNER).err(),
         Some(OpenError::Size { size_bytes: 700, .. })
     ));
-    assert!(BackendSpec::file(folder.path().to_owned()).build(OWNER).is_err());
+    for read_only in [false, true] {
+        let spec = BackendSpec { read_only, ..BackendSpec::file(folder.path().to_owned()) };
+        assert!(matches!(spec.build(OWNER).err(), Some(OpenError::NotADisk { .. })));
+    }
     let nothing = BackendSpec { driver: Driver::Memory, path: None, ..BackendSpec::file("x".into()) };
     assert!(nothing.build(OWNER).err().unwrap().to_string().contains("size_bytes"));
 }
@@ -305,4 +309,48 @@ fn file_in_a_memory_file_system_keeps_the_contract() {
         return;
     };
     suite(&|| BackendSpec::file(image(&folder)).build(OWNER).unwrap());
+}
+
+/// A loop device, detached at the end of the test.
+struct LoopDevice(PathBuf);
+
+impl LoopDevice {
+    fn attach(image: &std::path::Path) -> Result<Self, String> {
+        let output = std::process::Command::new("losetup").args(["--find", "--show"]).arg(image).output();
+        let output = output.map_err(|error| format!("losetup cannot be run: {error}"))?;
+        if !output.status.success() {
+            return Err(format!("losetup: {}", String::from_utf8_lossy(&output.stderr).trim()));
+        }
+        Ok(Self(String::from_utf8_lossy(&output.stdout).trim().into()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn block_device_keeps_the_contract() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let device = match LoopDevice::attach(&image(&folder)) {
+        Ok(device) => device,
+        Err(reason) => {
+            println!("SKIPPED: no loop device: {reason}");
+            return;
+        }
+    };
+    // One suite after another on the same device: it is made of zeroes again each time.
+    suite(&|| {
+        let backend = BackendSpec::file(device.0.clone()).build(OWNER).unwrap();
+        let mut harness = Harness::new(backend).unwrap();
+        let zeroes = OpKind::WriteZeroes { unmap: false };
+        assert_eq!(harness.one(zeroes, 0, SIZE, Buf::default()).unwrap(), Status::Ok);
+        drop(harness);
+        BackendSpec::file(device.0.clone()).build(OWNER).unwrap()
+    });
+    let backend = BackendSpec::file(device.0.clone()).build(OWNER).unwrap();
+    assert_eq!(backend.info().size_bytes, SIZE);
+    assert!(matches!(BackendSpec::file(device.0.clone()).build(OWNER).err(), Some(OpenError::Locked { .. })));
 }

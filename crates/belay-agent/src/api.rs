@@ -279,18 +279,16 @@ async fn add_device(State(agent): Shared, bytes: Bytes) -> Answer<DeviceView> {
     if request.block_bytes != 512 && request.block_bytes != 4096 {
         return Err(AgentError::usage(format!("a block size of {}: 512 or 4096", request.block_bytes)));
     }
-    if let Some(size) = request.size_bytes {
-        if !request.path.exists() {
-            if size == 0 || !size.is_multiple_of(4096) {
-                return Err(AgentError::usage(format!(
-                    "a size of {size} bytes: a disk has a multiple of 4096"
-                )));
-            }
-            let made = std::fs::File::create_new(&request.path).and_then(|file| file.set_len(size));
-            made.map_err(|error| {
-                AgentError::failed(format!("cannot create {}: {error}", request.path.display()))
-            })?;
+    if let Some(size) = request.size_bytes
+        && !request.path.exists()
+    {
+        if size == 0 || !size.is_multiple_of(4096) {
+            return Err(AgentError::usage(format!("a size of {size} bytes: a disk has a multiple of 4096")));
         }
+        let made = std::fs::File::create_new(&request.path).and_then(|file| file.set_len(size));
+        made.map_err(|error| {
+            AgentError::failed(format!("cannot create {}: {error}", request.path.display()))
+        })?;
     }
     let serial = request.serial.unwrap_or_else(|| request.name.chars().take(20).collect());
     if serial.len() > 20 || !serial.is_ascii() {

@@ -342,7 +342,7 @@ mod tests {
         let record = record();
         Ledger::open(&path).unwrap().put_device(&record).unwrap();
         let ledger = Ledger::open(&path).unwrap();
-        assert_eq!(ledger.devices().unwrap(), [record.clone()]);
+        assert_eq!(ledger.devices().unwrap(), std::slice::from_ref(&record));
         ledger.remove_device(record.identity.id).unwrap();
         assert!(ledger.devices().unwrap().is_empty());
     }

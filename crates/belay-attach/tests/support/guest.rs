@@ -244,7 +244,7 @@ impl Guest {
         }
     }
 
-    fn fill(version: u64, block: u64) -> Vec<u8> {
+    fn content(version: u64, block: u64) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(BLOCK);
         while bytes.len() < BLOCK {
             bytes.extend(version.to_le_bytes());
@@ -285,7 +285,7 @@ impl Guest {
         let (number, block) = match doing {
             Doing::Read { block } => (0u32, block),
             Doing::Write { block, version } => {
-                self.put(at + DATA, &Self::fill(version, block));
+                self.put(at + DATA, &Self::content(version, block));
                 (1, block)
             }
             Doing::Flush => (4, 0),
@@ -367,8 +367,10 @@ impl Guest {
             Doing::Read { block } => {
                 assert_eq!(written as usize, BLOCK + 1);
                 let bytes = self.get::<BLOCK>(at + DATA);
-                let want =
-                    self.versions.get(&block).map_or(vec![0; BLOCK], |version| Self::fill(*version, block));
+                let want = self
+                    .versions
+                    .get(&block)
+                    .map_or(vec![0; BLOCK], |version| Self::content(*version, block));
                 if self.versions.contains_key(&block) || bytes == [0; BLOCK] {
                     assert!(
                         bytes[..] == want[..],

@@ -179,7 +179,7 @@ fn run(belay: &Path, probe: &Path, guest: &Path, out: &Path, sockets: &Path, ima
         "legs": legs,
     });
     std::fs::write(out.join("report.json"), serde_json::to_string_pretty(&report)?)?;
-    std::fs::write(out.join("report.html"), page::html(&report, &console.since(0), &phases, began))?;
+    std::fs::write(out.join("report.html"), page::html(&report, &console.since(0), &phases))?;
     print_summary(&report, out);
     check(&report)
 }

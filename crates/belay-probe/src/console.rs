@@ -114,11 +114,12 @@ impl Console {
 #[must_use]
 pub fn report(snapshot: &Snapshot) -> String {
     let Snapshot { ops, reads, writes, flushes, bytes, errors, mismatches, guest_resets, .. } = snapshot;
-    let Snapshot { inflight, oldest_us, p50_us, p99_us, max_us, .. } = snapshot;
+    let Snapshot { inflight, oldest_us, p50_us, p99_us, max_us, histogram, .. } = snapshot;
+    let buckets: Vec<String> = histogram.iter().map(|(us, count)| format!("[{us},{count}]")).collect();
     format!(
         concat!(
             r#"{{"t_ns":{},"ops":{},"reads":{},"writes":{},"flushes":{},"bytes":{},"errors":{},"mismatches":{},"#,
-            r#""guest_resets":{},"inflight":{},"oldest_us":{},"lat_us":{{"p50":{},"p99":{},"max":{}}}}}"#
+            r#""guest_resets":{},"inflight":{},"oldest_us":{},"lat_us":{{"p50":{},"p99":{},"max":{},"hist":[{}]}}}}"#
         ),
         monotonic_ns(),
         ops,
@@ -133,7 +134,8 @@ pub fn report(snapshot: &Snapshot) -> String {
         oldest_us,
         p50_us,
         p99_us,
-        max_us
+        max_us,
+        buckets.join(",")
     )
 }
 

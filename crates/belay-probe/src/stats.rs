@@ -58,7 +58,7 @@ pub struct Stats {
 }
 
 /// The counters at one moment, and the latencies since the last one.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
     /// Reads, writes and flushes that succeeded.
     pub ops: u64,
@@ -86,6 +86,9 @@ pub struct Snapshot {
     pub p99_us: u64,
     /// Longest, µs.
     pub max_us: u64,
+    /// How many operations took how long since the last snapshot: pairs of a bucket's largest latency in µs and its
+    /// count, ascending, without empty buckets. What reads them can add up intervals without loss.
+    pub histogram: Vec<(u64, u64)>,
 }
 
 impl Stats {
@@ -163,6 +166,12 @@ impl Stats {
             p50_us: quantile(&counts, 50).min(max_us),
             p99_us: quantile(&counts, 99).min(max_us),
             max_us,
+            histogram: counts
+                .iter()
+                .enumerate()
+                .filter(|(_, count)| **count > 0)
+                .map(|(bucket, count)| (upper_end(bucket).min(max_us), *count))
+                .collect(),
         }
     }
 }
@@ -224,7 +233,9 @@ mod tests {
         stats.failed(1);
         let snapshot = stats.snapshot();
         assert_eq!((snapshot.ops, snapshot.bytes, snapshot.errors, snapshot.inflight), (1, 4096, 1, 0));
+        assert_eq!(snapshot.histogram.iter().map(|(_, count)| count).sum::<u64>(), 1);
         assert_eq!((stats.snapshot().ops, stats.snapshot().max_us), (1, 0));
+        assert!(stats.snapshot().histogram.is_empty());
     }
 
     #[test]

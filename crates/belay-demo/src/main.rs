@@ -30,8 +30,9 @@ const REGION_MIB: u64 = 64;
 const CONTENT_BYTES: u64 = 96 << 20;
 /// How long the guest's I/O is watched before and after each migration.
 const WATCH: Duration = Duration::from_secs(4);
-/// The guest stops writing when so much is left to copy, so that both images can be compared at the end.
-const HOLD_BYTES: u64 = 64 << 20;
+/// The guest holds its load when so much is left to copy, so that both images can be compared at the end: a third of a
+/// second at the copier's limit.
+const HOLD_BYTES: u64 = 16 << 20;
 
 static STOP: AtomicBool = AtomicBool::new(false);
 
@@ -223,11 +224,18 @@ fn migrate(
     let operation = from.json(&["migrate", VM, to.name, "--no-wait"])?;
     let id = operation["id"].as_str().context("an operation has an id")?.to_owned();
     console.attach(&to.console(), Duration::from_secs(30))?;
+    let mut phase = String::new();
     let operation = loop {
         go_on()?;
         let view = from.json(&["operation", &id])?;
         match view["state"].as_str() {
-            Some("running") => std::thread::sleep(Duration::from_millis(20)),
+            Some("running") => {
+                if view["phase"] != phase.as_str() {
+                    phase = view["phase"].as_str().unwrap_or_default().to_owned();
+                    say(&format!("  {:>5} ms  {phase}", command.elapsed().as_millis()));
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
             Some("done") => break view,
             _ => bail!("the migration failed: {}", view["error"]),
         }
@@ -235,7 +243,7 @@ fn migrate(
     let running = Instant::now();
     phases.push(Phase { name: format!("migration to {}", to.name), from: command, to: running });
     say(&format!("the guest runs on {}; its disk is still on {}, and follows", to.name, from.name));
-    let exchange = follow(to, console)?;
+    let (exchange, held) = follow(to, console)?;
     let done = Instant::now();
     phases.push(Phase { name: "exchange".to_owned(), from: running, to: done });
     let images_equal = same(images.0, images.1)?;
@@ -246,6 +254,12 @@ fn migrate(
         line["verified"].is_object()
     })?;
     console.send("start")?;
+    let held_until = Instant::now();
+    phases.push(Phase {
+        name: "load held: images compared, blocks verified".to_owned(),
+        from: held,
+        to: held_until,
+    });
     let after_from = console.len();
     watch(WATCH)?;
     let lines = console.since(after_from);
@@ -278,9 +292,10 @@ fn migrate(
     }))
 }
 
-/// Follows the exchange to its end. Shortly before it the guest holds its load, so that both images can be compared.
-fn follow(to: &Host, console: &Console) -> Result<Value> {
-    let mut held = false;
+/// Follows the exchange to its end. Shortly before it the guest holds its load, so that both images can be compared;
+/// since when is the second result.
+fn follow(to: &Host, console: &Console) -> Result<(Value, Instant)> {
+    let mut held = None;
     let mut told = Instant::now();
     loop {
         go_on()?;
@@ -289,9 +304,9 @@ fn follow(to: &Host, console: &Console) -> Result<Value> {
         let number = |key: &str| exchange[key].as_u64().unwrap_or(0);
         if exchange.is_object() {
             let left = number("total_bytes") - number("local_bytes");
-            if left < HOLD_BYTES && !held {
+            if left < HOLD_BYTES && held.is_none() {
                 console.send("stop")?;
-                held = true;
+                held = Some(Instant::now());
             }
             if told.elapsed() > Duration::from_secs(1) {
                 told = Instant::now();
@@ -302,8 +317,8 @@ fn follow(to: &Host, console: &Console) -> Result<Value> {
                 ));
             }
         } else if device["state"] == "local" {
-            ensure!(held, "the exchange was over before the guest could be held");
-            return Ok(device["last_exchange"].clone());
+            let held = held.context("the exchange was over before the guest could be held")?;
+            return Ok((device["last_exchange"].clone(), held));
         }
         std::thread::sleep(Duration::from_millis(20));
     }

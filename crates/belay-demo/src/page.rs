@@ -18,10 +18,10 @@ pub(crate) struct Phase {
 const WIDTH: f64 = 1040.0;
 const HEIGHT: f64 = 240.0;
 const LEFT: f64 = 60.0;
-const TOP: f64 = 34.0;
+const TOP: f64 = 50.0;
 const BOTTOM: f64 = 28.0;
-/// Colours of phases, in turn: moving, copying.
-const SHADES: [&str; 2] = ["#2b6cb0", "#b7791f"];
+/// Colours of phases, in turn: moving, copying, held.
+const SHADES: [&str; 3] = ["#2b6cb0", "#b7791f", "#718096"];
 
 const HEAD: &str = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>\
 <title>Belay: a guest moves, its disk never stops</title><style>\
@@ -65,7 +65,9 @@ pub(crate) fn html(report: &Value, lines: &[Line], phases: &[Phase]) -> String {
     let mut page = String::from(HEAD);
     page.push_str(
         "<h1>A guest moves, its disk never stops</h1><p>I/O as the guest itself measured it, every 100 ms. Shaded: the live \
-         migration, from the command to the guest running at the destination, and the exchange, in which its disk follows.</p>",
+         migration, from the command to the guest running at the destination; the exchange, in which its disk follows; and the \
+         time in which the guest holds its load, so that nothing changes while every block is checked. The guest's clock \
+         stands still while the VM does: the gap in completions is the hosts'.</p>",
     );
     summary(&mut page, report);
     page.push_str("<h2>Latency (ms)</h2>");
@@ -198,7 +200,7 @@ fn shades(page: &mut String, phases: &[Phase], axis: &Axis) {
              <text x={from:.1} y={}>{name}</text>",
             SHADES[index % SHADES.len()],
             (to - from).max(1.0),
-            12 + 15 * (index % 2),
+            12 + 15 * (index % SHADES.len()),
             name = escaped(&phase.name),
         );
     }

@@ -1,0 +1,120 @@
+//! Migrations of the guest in one sector.
+
+use anyhow::{Result, ensure};
+use belay_e2e::{Background, Bed, BootGuest, until};
+use rustix::process::Signal;
+
+use super::{in_flight, migrate, with_bed};
+
+/// So long does each request take: far longer than the guest's own work between two of them, so that nearly always
+/// one is in flight.
+pub(crate) const DELAY: &str = "200ms";
+
+#[test]
+fn request_in_flight_at_the_switchover_completes_at_the_destination_and_back_home() {
+    with_bed(|bed| {
+        let guest = bed.a.run_boot_guest("vm", DELAY)?;
+        guest.goes_on(&bed.a, 2)?;
+        let mut carried = 0;
+        for (from, to) in [(&bed.a, &bed.b), (&bed.b, &bed.a)] {
+            let operation = migrate(from, to, &guest.vm, &[])?;
+            carried += in_flight(&operation);
+            guest.goes_on(to, 4)?;
+            to.wait_device(&guest.disk, "local")?;
+        }
+        // Once in a hundred times a leg catches the guest between two requests, but not both legs.
+        ensure!(carried > 0, "no request was in flight at either switchover");
+        Ok(())
+    });
+}
+
+#[test]
+fn migration_aborted_before_the_switchover_leaves_the_guest_and_its_request_at_the_source() {
+    with_bed(|bed| {
+        let guest = bed.a.run_boot_guest("vm", DELAY)?;
+        guest.goes_on(&bed.a, 2)?;
+        let mut qmp = bed.a.qmp(&guest.vm)?;
+        qmp.pause_before_switchover(true)?;
+        let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name])?;
+        qmp.wait_pre_switchover()?;
+        // The rings have stopped: the guest's request is on the list that the other host has.
+        bed.a.wait_device(&guest.disk, "parked")?;
+        command.signal(Signal::INT)?;
+        taken_back(bed, &guest, command)?;
+        // Nothing of the attempt stands in the way of the next one.
+        qmp.pause_before_switchover(false)?;
+        drop(qmp);
+        migrate(&bed.a, &bed.b, &guest.vm, &[])?;
+        guest.goes_on(&bed.b, 4).map(drop)
+    });
+}
+
+#[test]
+fn migration_aborted_while_memory_moves_leaves_the_guest_at_the_source() {
+    with_bed(|bed| {
+        let guest = bed.a.run_boot_guest("vm", "20ms")?;
+        guest.goes_on(&bed.a, 2)?;
+        // So slow that it cannot end by itself.
+        let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name, "--bandwidth", "20K"])?;
+        wait_memory(bed, &guest)?;
+        command.signal(Signal::INT)?;
+        taken_back(bed, &guest, command)?;
+        migrate(&bed.a, &bed.b, &guest.vm, &[])?;
+        guest.goes_on(&bed.b, 4).map(drop)
+    });
+}
+
+/// The command says that the migration was taken back; the guest goes on at the source, the destination is clean.
+fn taken_back(bed: &Bed, guest: &BootGuest, command: Background) -> Result<()> {
+    let output = command.wait()?;
+    ensure!(output.status.code() == Some(4), "{output:?}");
+    still_at_source(bed, guest)
+}
+
+fn still_at_source(bed: &Bed, guest: &BootGuest) -> Result<()> {
+    bed.a.wait_device(&guest.disk, "local")?;
+    guest.goes_on(&bed.a, 6)?;
+    bed.b.wait_vm_gone(&guest.vm)?;
+    until("the destination having forgotten the device", || {
+        Ok(bed.b.json(&["device", "list"])?.as_array().is_some_and(Vec::is_empty).then_some(()))
+    })
+}
+
+/// Waits until memory is on its way.
+fn wait_memory(bed: &Bed, guest: &BootGuest) -> Result<()> {
+    let mut qmp = bed.a.qmp(&guest.vm)?;
+    until("memory on its way", || Ok((qmp.migration()? == "active").then_some(())))
+}
+
+#[test]
+fn destination_vmm_killed_before_the_switchover_leaves_the_guest_at_the_source() {
+    with_bed(|bed| {
+        let guest = bed.a.run_boot_guest("vm", DELAY)?;
+        guest.goes_on(&bed.a, 2)?;
+        let mut qmp = bed.a.qmp(&guest.vm)?;
+        qmp.pause_before_switchover(true)?;
+        let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name])?;
+        qmp.wait_pre_switchover()?;
+        bed.b.kill_vm(&guest.vm)?;
+        qmp.continue_migration()?;
+        let output = command.wait()?;
+        ensure!(output.status.code() == Some(1), "{output:?}");
+        still_at_source(bed, &guest)
+    });
+}
+
+#[test]
+fn destination_vmm_killed_while_memory_moves_leaves_the_guest_at_the_source() {
+    with_bed(|bed| {
+        let guest = bed.a.run_boot_guest("vm", "20ms")?;
+        guest.goes_on(&bed.a, 2)?;
+        let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name, "--bandwidth", "20K"])?;
+        wait_memory(bed, &guest)?;
+        bed.b.kill_vm(&guest.vm)?;
+        let output = command.wait()?;
+        ensure!(output.status.code() == Some(1), "{output:?}");
+        still_at_source(bed, &guest)?;
+        migrate(&bed.a, &bed.b, &guest.vm, &[])?;
+        guest.goes_on(&bed.b, 4).map(drop)
+    });
+}

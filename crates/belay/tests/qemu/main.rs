@@ -1,0 +1,43 @@
+//! End to end: two real agents, real VMs, the real command. Every request of the guests is checked by the guests.
+//!
+//! Needs QEMU (`BELAY_QEMU`, else the installed one), some tests the guest of `scripts/guest-image`; what is missing
+//! is told, and its tests are skipped.
+
+mod agents;
+mod boot;
+mod stops;
+
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use belay_e2e::{Bed, Host};
+use serde_json::Value;
+
+/// Runs a test on two hosts, and tells what the agents say if it fails. Skipped, with the reason, without QEMU.
+fn with_bed(test: impl FnOnce(&mut Bed) -> Result<()>) {
+    if let Some(reason) = belay_e2e::no_qemu() {
+        skip(&reason);
+        return;
+    }
+    let mut bed = Bed::start(Path::new(env!("CARGO_BIN_EXE_belay"))).expect("two hosts");
+    if let Err(error) = test(&mut bed) {
+        panic!("{error:#}\n{}", bed.logs());
+    }
+}
+
+fn skip(reason: &str) {
+    // The harness names its threads after the tests.
+    println!("skipped {}: {reason}", std::thread::current().name().unwrap_or("a test"));
+}
+
+/// Migrates with `belay migrate`, which waits for the disk, and returns the operation.
+fn migrate(from: &Host, to: &Host, vm: &str, more: &[&str]) -> Result<Value> {
+    let operation = from.json(&[&["migrate", vm, to.name], more].concat())?;
+    ensure!(operation["state"] == "done", "the migration ended as {operation}");
+    from.wait_vm_gone(vm)?;
+    Ok(operation)
+}
+
+fn in_flight(operation: &Value) -> u64 {
+    operation["report"]["handover"]["requests_in_flight"].as_u64().unwrap_or(0)
+}

@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -181,7 +182,7 @@ impl Host {
         );
         self.run_vm(vm, &specification)?;
         let lines = Arc::default();
-        let console = Mutex::new(listen(self, vm, &lines)?);
+        let console = Mutex::new(listen(self, vm, &lines, &Arc::default())?);
         Ok(LinuxGuest { vm: vm.to_owned(), disk, lines, console })
     }
 }
@@ -199,16 +200,23 @@ fn make_ext4(path: &Path) -> Result<()> {
 }
 
 /// Collects what the guest says on this host's console.
-fn listen(host: &Host, vm: &str, lines: &Arc<Mutex<Vec<Value>>>) -> Result<UnixStream> {
+fn listen(
+    host: &Host,
+    vm: &str,
+    lines: &Arc<Mutex<Vec<Value>>>,
+    heard: &Arc<AtomicBool>,
+) -> Result<UnixStream> {
     let socket = host.folder.join(format!("{vm}.console"));
     let stream = until("the guest's console", || Ok(UnixStream::connect(&socket).ok()))?;
     let (reader, lines) = (BufReader::new(stream.try_clone()?), Arc::clone(lines));
+    let heard = Arc::clone(heard);
     std::thread::spawn(move || {
         for line in reader.split(b'\n').map_while(Result::ok) {
             let line = String::from_utf8_lossy(&line);
             // Firmware and kernel have lines of their own, and one may have been cut at the switchover.
             if let Some(value) = line.find('{').and_then(|at| serde_json::from_str(line[at..].trim()).ok()) {
                 lines.lock().unwrap_or_else(PoisonError::into_inner).push(value);
+                heard.store(true, Ordering::SeqCst);
             }
         }
     });
@@ -216,12 +224,15 @@ fn listen(host: &Host, vm: &str, lines: &Arc<Mutex<Vec<Value>>>) -> Result<UnixS
 }
 
 impl LinuxGuest {
-    /// From now on its console is on this host.
+    /// From now on its console is on this host. Waits until it says something there: what is sent to a VM that waits
+    /// for its memory is lost.
     ///
     /// # Errors
-    /// There is none.
+    /// There is none, or it says nothing.
     pub fn moved_to(&self, host: &Host) -> Result<()> {
-        let stream = listen(host, &self.vm, &self.lines)?;
+        let heard = Arc::default();
+        let stream = listen(host, &self.vm, &self.lines, &heard)?;
+        until("the guest's first word on its new host", || Ok(heard.load(Ordering::SeqCst).then_some(())))?;
         *self.console.lock().unwrap_or_else(PoisonError::into_inner) = stream;
         Ok(())
     }

@@ -26,6 +26,12 @@ pub enum Command {
     Quiet,
     /// Interval reports again.
     Report,
+    /// Begin a write of the disk's last block, and do not wait for it.
+    Older,
+    /// Write that block again, wait for both, and tell which of them is there.
+    Newer,
+    /// Reset the machine at once, whatever is in flight.
+    Reboot,
     /// Hold the load, flush, and end.
     PowerOff,
 }
@@ -41,6 +47,9 @@ impl Command {
             "sync" => Self::Sync,
             "quiet" => Self::Quiet,
             "report" => Self::Report,
+            "older" => Self::Older,
+            "newer" => Self::Newer,
+            "reboot" => Self::Reboot,
             "poweroff" => Self::PowerOff,
             _ => return None,
         })
@@ -180,6 +189,14 @@ pub fn set_raw_terminal() {
         settings.make_raw();
         // Without it the console still works, only less tidily.
         let _ = rustix::termios::tcsetattr(&stdin, rustix::termios::OptionalActions::Now, &settings);
+    }
+}
+
+/// Lets the kernel reset the machine at once: nothing is flushed, nothing is waited for. Returns only if it cannot.
+pub(crate) fn reset_machine() -> io::Error {
+    match std::fs::write("/proc/sysrq-trigger", "b") {
+        Ok(()) => io::Error::other("the kernel goes on"),
+        Err(error) => error,
     }
 }
 

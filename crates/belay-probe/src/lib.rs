@@ -19,6 +19,7 @@ pub mod disk;
 pub mod files;
 pub mod load;
 pub mod pattern;
+mod race;
 pub mod stats;
 pub mod versions;
 

@@ -2,6 +2,7 @@
 
 use crate::console::{self, Command, Console};
 use crate::pattern::{Mismatch, mix};
+use crate::race::Race;
 use crate::stats::{OpKind, Stats, monotonic_ns};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -102,20 +103,20 @@ impl<'a> Worker<'a> {
 }
 
 /// Memory that O_DIRECT accepts.
-struct Buffer {
+pub(crate) struct Buffer {
     memory: Vec<u8>,
     start: usize,
 }
 
 impl Buffer {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let memory = vec![0; MAX_IO_BYTES + ALIGNMENT];
         // A vector that never grows does not move.
         let start = memory.as_ptr().align_offset(ALIGNMENT);
         Self { memory, start }
     }
 
-    fn bytes(&mut self) -> &mut [u8] {
+    pub(crate) fn bytes(&mut self) -> &mut [u8] {
         &mut self.memory[self.start..self.start + MAX_IO_BYTES]
     }
 }
@@ -204,6 +205,7 @@ impl Run<'_> {
     /// Obeys commands until one ends the run, or its time is over.
     fn obey(&self, commands: &Receiver<Command>) {
         let end = self.options.limit.map(|limit| Instant::now() + limit);
+        let mut race = Race::new(&self.load.target());
         loop {
             let command = match end {
                 None => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
@@ -222,6 +224,12 @@ impl Run<'_> {
                 Ok(Command::Sync) => self.sync(),
                 Ok(Command::Quiet) => self.console.set_reports(false),
                 Ok(Command::Report) => self.console.set_reports(true),
+                Ok(Command::Older) => self.console.line(&race.older()),
+                Ok(Command::Newer) => self.console.line(&race.newer()),
+                Ok(Command::Reboot) => {
+                    let error = console::reset_machine().to_string();
+                    self.console.line(&format!(r#"{{"fatal":{}}}"#, console::quoted(&error)));
+                }
                 Ok(Command::PowerOff) | Err(RecvTimeoutError::Timeout) => break,
                 // No more commands can come; the load goes on until its time is over.
                 Err(RecvTimeoutError::Disconnected) => {

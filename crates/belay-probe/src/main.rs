@@ -29,7 +29,7 @@ options of both loads:
     --report-ms N     time between reports (100)
 
 Reports are lines of JSON on standard output; commands are lines on standard input:
-verify, stop, start, sync, quiet, report, poweroff.
+verify, stop, start, sync, quiet, report, older, newer (two writes of one block), reboot, poweroff.
 Exit code: 0 all was right, 1 errors or wrong blocks, 2 usage.
 ";
 

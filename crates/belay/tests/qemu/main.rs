@@ -5,6 +5,7 @@
 
 mod agents;
 mod boot;
+mod linux;
 mod stops;
 
 use std::path::Path;

@@ -1,0 +1,173 @@
+//! A Linux guest: many requests at a time, several queues, a file system, a driver that comes and goes.
+
+use anyhow::{Result, ensure};
+use belay_e2e::{Bed, Host, LinuxGuest, LinuxOptions, until};
+use serde_json::json;
+
+use super::{in_flight, migrate, skip, with_bed};
+
+/// Runs a test with a Linux guest on the first host, its load under way.
+fn with_linux(options: LinuxOptions, test: impl FnOnce(&mut Bed, &LinuxGuest) -> Result<()>) {
+    if let Err(reason) = belay_e2e::linux_guest() {
+        skip(&reason.to_string());
+        return;
+    }
+    with_bed(|bed| {
+        let guest = bed.a.run_linux_guest("vm", &options)?;
+        guest.wait_from(0, "ready")?;
+        test(bed, &guest)
+    });
+}
+
+/// Migrates with requests in flight and follows the guest's console; returns how many were carried over.
+fn follow(guest: &LinuxGuest, from: &Host, to: &Host) -> Result<u64> {
+    let operation = migrate(from, to, &guest.vm, &[])?;
+    guest.moved_to(to)?;
+    guest.goes_on(200)?;
+    to.wait_device(&guest.disk, "local")?;
+    Ok(in_flight(&operation))
+}
+
+#[test]
+fn files_of_a_busy_guest_are_right_there_and_back_home() {
+    let load = "files /mnt --files 24 --threads 8".to_owned();
+    with_linux(
+        LinuxOptions { load, ext4: true, delay: "20ms".into(), ..LinuxOptions::default() },
+        |bed, guest| {
+            for (from, to) in [(&bed.a, &bed.b), (&bed.b, &bed.a)] {
+                ensure!(follow(guest, from, to)? > 0, "nothing was in flight");
+                guest.verify()?;
+            }
+            let mark = guest.mark();
+            guest.send("poweroff")?;
+            ensure!(guest.wait_from(mark, "exit")? == 0, "the probe found something wrong");
+            bed.a.wait_vm_gone(&guest.vm)?;
+            check_ext4(&bed.a, &guest.disk)
+        },
+    );
+}
+
+/// The file system on the host's image is as a file system should be.
+fn check_ext4(host: &Host, disk: &str) -> Result<()> {
+    let image = host.images.join(format!("{disk}.img"));
+    let output = std::process::Command::new("/sbin/e2fsck").args(["-f", "-n"]).arg(&image).output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    Ok(())
+}
+
+#[test]
+fn four_queues_with_requests_in_flight_move_and_outlive_a_killed_agent() {
+    let options = LinuxOptions { cpus: 4, delay: "10ms".into(), ..LinuxOptions::default() };
+    with_linux(options, |bed, guest| {
+        ensure!(follow(guest, &bed.a, &bed.b)? >= 4, "too few requests were in flight");
+        guest.verify()?;
+        for _ in 0..2 {
+            bed.b.wait_in_flight(&guest.disk, 4)?;
+            bed.b.kill_agent()?;
+            bed.b.start_agent()?;
+            guest.goes_on(200)?;
+        }
+        ensure!(follow(guest, &bed.b, &bed.a)? >= 4, "too few requests were in flight");
+        let mut qmp = bed.a.qmp(&guest.vm)?;
+        for _ in 0..3 {
+            bed.a.wait_in_flight(&guest.disk, 4)?;
+            qmp.run("stop")?;
+            qmp.run("cont")?;
+            guest.goes_on(50)?;
+        }
+        guest.verify()
+    });
+}
+
+#[test]
+fn killed_agents_of_a_remote_linux_guest_lose_nothing_of_many_requests() {
+    let options = LinuxOptions { cpus: 2, delay: "10ms".into(), ..LinuxOptions::default() };
+    with_linux(options, |bed, guest| {
+        guest.goes_on(50)?;
+        migrate(&bed.a, &bed.b, &guest.vm, &["--mode", "stay"])?;
+        guest.moved_to(&bed.b)?;
+        for round in 0..4 {
+            guest.goes_on(200)?;
+            bed.b.wait_in_flight(&guest.disk, 4)?;
+            let host = if round % 2 == 0 { &mut bed.a } else { &mut bed.b };
+            host.kill_agent()?;
+            host.start_agent()?;
+        }
+        guest.goes_on(200)?;
+        guest.verify()?;
+        // The disk follows, slowly; both agents are killed under way.
+        bed.b.configure("[exchange]\nbandwidth_bytes_per_s = 1000000\nin_flight_bytes = 65536\n")?;
+        bed.b.terminate_agent()?;
+        bed.b.start_agent()?;
+        bed.b.belay(&["exchange", &guest.disk])?;
+        for _ in 0..2 {
+            bed.b.wait_copying(&guest.disk)?;
+            bed.b.kill_agent()?;
+            bed.a.kill_agent()?;
+            bed.b.start_agent()?;
+            bed.a.start_agent()?;
+            guest.goes_on(200)?;
+        }
+        bed.b.belay(&["exchange", &guest.disk, "--bandwidth", "1G"])?;
+        bed.b.wait_device(&guest.disk, "local")?;
+        guest.goes_on(200)?;
+        guest.verify()
+    });
+}
+
+#[test]
+fn linux_that_reboots_with_requests_in_flight_finds_nothing_of_before_in_its_rings() {
+    let options =
+        LinuxOptions { delay: "10ms".into(), append: "belay.rebind".into(), ..LinuxOptions::default() };
+    with_linux(options, |bed, guest| {
+        let mut qmp = bed.a.qmp(&guest.vm)?;
+        for hard in [false, true] {
+            bed.a.wait_in_flight(&guest.disk, 4)?;
+            let mark = guest.mark();
+            if hard {
+                qmp.run("system_reset")?
+            } else {
+                guest.send("reboot")?
+            }
+            guest.wait_from(mark, "ready")?;
+            guest.goes_on(100)?;
+            guest.verify()?;
+        }
+        // Then its driver is unloaded and loaded, with I/O before and after.
+        let mark = guest.mark();
+        guest.send("poweroff")?;
+        guest.wait_from(mark, "rebound")?;
+        guest.wait_from(mark, "prepared")?;
+        guest.goes_on(100)?;
+        ensure!(follow(guest, &bed.a, &bed.b)? > 0, "nothing was in flight");
+        guest.verify()
+    });
+}
+
+#[test]
+fn write_that_the_guest_repeats_at_the_destination_wins_over_its_older_one_at_the_source() {
+    let options = LinuxOptions {
+        delay: "1s".into(),
+        // No load of its own: there is nothing in flight but the two writes.
+        load: "--region-mib 1 --threads 1 --prepared".into(),
+        ..LinuxOptions::default()
+    };
+    with_linux(options, |bed, guest| {
+        guest.ask("stop", "stopped")?;
+        let mut qmp = bed.a.qmp(&guest.vm)?;
+        let _command =
+            bed.a.spawn(&["migrate", &guest.vm, bed.b.name, "--mode", "stay", "--bandwidth", "2M"])?;
+        until("memory on its way", || Ok((qmp.migration()? == "active").then_some(())))?;
+        guest.ask("older", "older")?;
+        bed.a.wait_in_flight(&guest.disk, 1)?;
+        qmp.execute("migrate-set-parameters", &json!({ "max-bandwidth": 4u64 << 30 }))?;
+        guest.moved_to(&bed.b)?;
+        let race = guest.ask("newer", "race")?;
+        ensure!(race["found"] == "newer", "{race}");
+        ensure!(
+            race["older_in_flight"] == true,
+            "the older write was done too early to show anything: {race}"
+        );
+        Ok(())
+    });
+}

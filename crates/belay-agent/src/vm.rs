@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use belay_vmm::{DiskPlug, ProcessId, Qemu, QemuCommand, Qmp, VmSpec, VmmProcess};
+use belay_vmm::{Accel, AccelChoice, DiskPlug, ProcessId, Qemu, QemuCommand, Qmp, VmSpec, VmmProcess};
 use serde::Serialize;
 
 use crate::agent::Agent;
@@ -26,9 +26,14 @@ pub struct Vm {
     pub incoming: std::sync::atomic::AtomicBool,
 }
 
+/// A QEMU, a kernel, and whether KVM works with them.
+type KvmTrial = ((Qemu, Option<PathBuf>), Result<(), String>);
+
 /// All VMs.
 #[derive(Default)]
 pub struct Vms {
+    /// Whether KVM works, by what it was tried with.
+    kvm_trials: tokio::sync::Mutex<Vec<KvmTrial>>,
     all: Mutex<BTreeMap<String, Arc<Vm>>>,
 }
 
@@ -171,7 +176,40 @@ impl Agent {
         let qemu =
             Qemu::find(spec.qemu.as_deref().or(self.config.vmm.qemu.as_deref())).await.map_err(failed)?;
         spec.resolve_machine(&qemu.machines().await.map_err(failed)?).map_err(failed)?;
+        // Chosen once: a guest does not change its accelerator on the way.
+        spec.accel = match self.choose_accel(&qemu, spec.accel, spec.kernel.as_deref()).await? {
+            Accel::Kvm => AccelChoice::Kvm,
+            Accel::Tcg => AccelChoice::Tcg,
+        };
         self.start_vm(spec, &qemu, false).await
+    }
+
+    /// The accelerator for a VM here. Whether KVM works is tried once for each QEMU and kernel: the trial takes
+    /// seconds, in which a migration would wait.
+    async fn choose_accel(
+        &self,
+        qemu: &Qemu,
+        choice: AccelChoice,
+        kernel: Option<&Path>,
+    ) -> Result<Accel, AgentError> {
+        if choice == AccelChoice::Tcg {
+            return Ok(Accel::Tcg);
+        }
+        let mut trials = self.vms.kvm_trials.lock().await;
+        let with = (qemu.clone(), kernel.map(Path::to_owned));
+        let known = trials.iter().find(|(tried, _)| *tried == with).map(|(_, outcome)| outcome.clone());
+        let outcome = match known {
+            Some(outcome) => outcome,
+            None => {
+                let outcome = qemu.try_kvm(kernel).await;
+                if let Err(why) = &outcome {
+                    tracing::info!(%why, "no KVM");
+                }
+                trials.push((with, outcome.clone()));
+                outcome
+            }
+        };
+        Accel::choose(choice, outcome).map_err(failed)
     }
 
     async fn start_vm(&self, spec: VmSpec, qemu: &Qemu, incoming: bool) -> Result<Arc<Vm>, AgentError> {
@@ -192,7 +230,7 @@ impl Agent {
             std::fs::create_dir_all(folder).map_err(failed)?;
         }
         let _ = std::fs::remove_file(&qmp_socket);
-        let accel = qemu.choose_accel(spec.accel, spec.kernel.as_deref()).await.map_err(failed)?;
+        let accel = self.choose_accel(qemu, spec.accel, spec.kernel.as_deref()).await?;
         // The same specification on two hosts, but sockets and logs of their own.
         let mut here = spec.clone();
         let runtime_dir = self.config.runtime_dir.display().to_string();

@@ -52,6 +52,14 @@ impl Host {
     /// # Errors
     /// Something of that does not work.
     pub fn run_boot_guest(&self, vm: &str, delay: &str) -> Result<BootGuest> {
+        self.run_boot_guest_with(vm, delay, "accel = \"tcg\"")
+    }
+
+    /// As [`Host::run_boot_guest`], with these lines in the VM's specification.
+    ///
+    /// # Errors
+    /// As [`Host::run_boot_guest`].
+    pub fn run_boot_guest_with(&self, vm: &str, delay: &str, lines: &str) -> Result<BootGuest> {
         let disk = format!("{vm}-disk");
         let path = self.images.join(format!("{disk}-original.img"));
         let file = std::fs::File::create(&path)?;
@@ -61,7 +69,7 @@ impl Host {
         file.write_all_at(&content, BOOT_DISK_BYTES - content.len() as u64)?;
         self.belay(&["device", "add", &disk, "--path", &path.display().to_string(), "--delay", delay])?;
         let specification = format!(
-            "name = {vm:?}\nmemory_mib = 32\naccel = \"tcg\"\ndisks = [{{ device = {disk:?}, boot_index = 0 }}]\n\
+            "name = {vm:?}\nmemory_mib = 32\n{lines}\ndisks = [{{ device = {disk:?}, boot_index = 0 }}]\n\
              args = [\"-serial\", \"file:{{runtime_dir}}/{vm}.serial\", {}]\n",
             test_arguments(vm)
         );

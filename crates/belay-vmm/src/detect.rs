@@ -4,6 +4,7 @@
 //! a trial: a boot-sector guest must do verified disk I/O, and a Linux kernel, if one is at hand, must come up.
 
 use crate::migrate::MachineInfo;
+use crate::spec::AccelChoice;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::fmt;
@@ -129,6 +130,20 @@ impl Accel {
             Self::Tcg => "tcg",
         }
     }
+
+    /// The accelerator to use, when a trial ([`Qemu::try_kvm`]) came out as `kvm`.
+    ///
+    /// # Errors
+    ///
+    /// [`DetectError::NoKvm`] if KVM was demanded and does not work.
+    pub fn choose(choice: AccelChoice, kvm: Result<(), String>) -> Result<Self, DetectError> {
+        match (choice, kvm) {
+            (AccelChoice::Tcg, _) => Ok(Self::Tcg),
+            (_, Ok(())) => Ok(Self::Kvm),
+            (AccelChoice::Kvm, Err(why)) => Err(DetectError::NoKvm(why)),
+            (AccelChoice::Auto, Err(_)) => Ok(Self::Tcg),
+        }
+    }
 }
 
 /// A QEMU of this host.
@@ -174,32 +189,14 @@ impl Qemu {
         Ok(output.lines().filter_map(machine_of_line).collect())
     }
 
-    /// Chooses the accelerator: for `Auto`, KVM if a trial boot works, else TCG. `kernel` is booted in the trial,
-    /// too; without it, a kernel in `/boot`, if there is one. Takes up to 15 s where KVM is broken: keep the result.
+    /// Whether KVM works: a trial boot of the boot-sector guest, and of `kernel` (without it, of a kernel in `/boot`,
+    /// if there is one). Takes up to 15 s
+    /// where KVM is broken: keep the result.
     ///
     /// # Errors
     ///
-    /// [`DetectError::NoKvm`] if KVM was demanded and does not work.
-    pub async fn choose_accel(
-        &self,
-        choice: crate::spec::AccelChoice,
-        kernel: Option<&Path>,
-    ) -> Result<Accel, DetectError> {
-        use crate::spec::AccelChoice;
-        if choice == AccelChoice::Tcg {
-            return Ok(Accel::Tcg);
-        }
-        match (self.try_kvm(kernel).await, choice) {
-            (Ok(()), _) => Ok(Accel::Kvm),
-            (Err(why), AccelChoice::Kvm) => Err(DetectError::NoKvm(why)),
-            (Err(why), _) => {
-                tracing::info!(%why, "no KVM; VMs run with TCG");
-                Ok(Accel::Tcg)
-            }
-        }
-    }
-
-    async fn try_kvm(&self, kernel: Option<&Path>) -> Result<(), String> {
+    /// What did not work.
+    pub async fn try_kvm(&self, kernel: Option<&Path>) -> Result<(), String> {
         std::fs::OpenOptions::new()
             .read(true)
             .write(true)

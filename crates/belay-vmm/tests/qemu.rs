@@ -2,7 +2,7 @@
 
 use belay_vmm::spec::AccelChoice;
 use belay_vmm::{Accel, Capability, MachineInfo, Phase, Qemu, Qmp, QmpError, Side, Tracker, VmmProcess};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -237,9 +237,10 @@ async fn boot_sector_guest_does_verified_io() {
 #[tokio::test]
 async fn accelerator_is_chosen_by_trial() {
     let Some(qemu) = qemu("accelerator_is_chosen_by_trial").await else { return };
-    assert_eq!(qemu.choose_accel(AccelChoice::Tcg, None).await.unwrap(), Accel::Tcg);
     // A kernel that cannot boot must make the trial fail, whatever /dev/kvm is.
-    let nothing = PathBuf::from("/dev/null");
-    assert_eq!(qemu.choose_accel(AccelChoice::Auto, Some(&nothing)).await.unwrap(), Accel::Tcg);
-    assert!(qemu.choose_accel(AccelChoice::Kvm, Some(&nothing)).await.is_err());
+    let tried = qemu.try_kvm(Some(Path::new("/dev/null"))).await;
+    assert!(tried.is_err());
+    assert_eq!(Accel::choose(AccelChoice::Auto, tried.clone()).unwrap(), Accel::Tcg);
+    assert!(Accel::choose(AccelChoice::Kvm, tried).is_err());
+    assert_eq!(Accel::choose(AccelChoice::Tcg, Ok(())).unwrap(), Accel::Tcg);
 }

@@ -1,7 +1,7 @@
 //! Migrations of the guest in one sector.
 
 use anyhow::{Result, ensure};
-use belay_e2e::{Background, Bed, BootGuest, until};
+use belay_e2e::{Background, Bed, BootGuest, Host, until};
 use rustix::process::Signal;
 
 use super::{in_flight, migrate, with_bed};
@@ -116,5 +116,23 @@ fn destination_vmm_killed_while_memory_moves_leaves_the_guest_at_the_source() {
         still_at_source(bed, &guest)?;
         migrate(&bed.a, &bed.b, &guest.vm, &[])?;
         guest.goes_on(&bed.b, 4).map(drop)
+    });
+}
+
+#[test]
+fn accelerator_is_chosen_where_the_vm_starts_and_not_tried_again_while_it_migrates() {
+    with_bed(|bed| {
+        let guest = bed.a.run_boot_guest_with("vm", "2ms", "accel = \"auto\"")?;
+        guest.goes_on(&bed.a, 2)?;
+        migrate(&bed.a, &bed.b, &guest.vm, &[])?;
+        guest.goes_on(&bed.b, 4)?;
+        let chosen =
+            |host: &Host| ["kvm", "tcg"].map(|name| host.log().contains(&format!("started, {name},")));
+        ensure!(chosen(&bed.a) == chosen(&bed.b), "another accelerator");
+        ensure!(
+            !bed.b.log().contains("no KVM"),
+            "the destination has tried KVM for a guest that runs with TCG"
+        );
+        Ok(())
     });
 }

@@ -32,7 +32,7 @@ fn follow(guest: &LinuxGuest, from: &Host, to: &Host) -> Result<u64> {
 fn files_of_a_busy_guest_are_right_there_and_back_home() {
     let load = "files /mnt --files 24 --threads 8".to_owned();
     with_linux(
-        LinuxOptions { load, ext4: true, delay: "20ms".into(), ..LinuxOptions::default() },
+        LinuxOptions { load, ext4: true, delay: "60ms".into(), ..LinuxOptions::default() },
         |bed, guest| {
             for (from, to) in [(&bed.a, &bed.b), (&bed.b, &bed.a)] {
                 ensure!(follow(guest, from, to)? > 0, "nothing was in flight");
@@ -148,11 +148,11 @@ fn linux_that_reboots_with_requests_in_flight_finds_nothing_of_before_in_its_rin
 fn write_that_the_guest_repeats_at_the_destination_wins_over_its_older_one_at_the_source() {
     let options = LinuxOptions {
         delay: "1s".into(),
-        // No load of its own: there is nothing in flight but the two writes.
-        load: "--region-mib 1 --threads 1 --prepared".into(),
+        load: "--region-mib 1 --threads 16".into(),
         ..LinuxOptions::default()
     };
     with_linux(options, |bed, guest| {
+        // Without the load there is nothing in flight but the two writes.
         guest.ask("stop", "stopped")?;
         let mut qmp = bed.a.qmp(&guest.vm)?;
         let _command =

@@ -9,8 +9,14 @@ use serde_json::Value;
 
 /// How long an agent may take to be ready.
 const READY: Duration = Duration::from_secs(20);
-/// The link's rate as the copier may use it, in bytes per second: slow enough to be watched.
-const EXCHANGE_BYTES_PER_S: u64 = 48 << 20;
+/// What joins the hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Network {
+    /// Network namespaces as root, loopback addresses otherwise.
+    Separate,
+    /// Loopback addresses.
+    Loopback,
+}
 
 /// A host.
 pub(crate) struct Host {
@@ -26,6 +32,8 @@ pub(crate) struct Host {
 /// Both hosts, and what joins them.
 pub(crate) struct Hosts {
     pub(crate) all: [Host; 2],
+    /// The VM that runs on one of them, and is ended with them.
+    vm: &'static str,
     namespaces: Vec<String>,
 }
 
@@ -42,9 +50,17 @@ fn run(program: &str, arguments: &[&str]) -> Result<()> {
 }
 
 impl Hosts {
-    /// Makes the hosts' folders, networks and identities, and starts the agents.
-    pub(crate) fn start(belay: &Path, sockets: &Path, images: &Path) -> Result<Self> {
-        let as_root = rustix::process::geteuid().is_root();
+    /// Makes the hosts' folders, networks and identities, and starts the agents, whose copies take so many bytes per
+    /// second.
+    pub(crate) fn start(
+        belay: &Path,
+        sockets: &Path,
+        images: &Path,
+        network: Network,
+        copy_bytes_per_s: u64,
+        vm: &'static str,
+    ) -> Result<Self> {
+        let as_root = network == Network::Separate && rustix::process::geteuid().is_root();
         let id = std::process::id();
         let mut hosts = Self {
             all: [("host-a", 1u8), ("host-b", 2)].map(|(name, number)| Host {
@@ -56,12 +72,13 @@ impl Hosts {
                 belay: belay.to_owned(),
                 agent: None,
             }),
+            vm,
             namespaces: Vec::new(),
         };
         if as_root {
             hosts.make_network(id)?;
         }
-        hosts.enrol_and_start()?;
+        hosts.enrol_and_start(copy_bytes_per_s)?;
         Ok(hosts)
     }
 
@@ -84,9 +101,9 @@ impl Hosts {
         Ok(())
     }
 
-    fn enrol_and_start(&mut self) -> Result<()> {
+    fn enrol_and_start(&mut self, copy_bytes_per_s: u64) -> Result<()> {
         for host in &self.all {
-            host.write_config()?;
+            host.write_config(copy_bytes_per_s)?;
         }
         let [a, b] = &mut self.all;
         a.local(&["host", "init", "--name", a.name, "--pki", &a.pki()])?;
@@ -102,7 +119,7 @@ impl Hosts {
 impl Drop for Hosts {
     fn drop(&mut self) {
         for host in &mut self.all {
-            let _ = host.local(&["vm", "stop", crate::VM]);
+            let _ = host.local(&["vm", "stop", self.vm]);
         }
         for host in &mut self.all {
             if let Some(mut agent) = host.agent.take() {
@@ -135,11 +152,11 @@ impl Host {
         self.folder.join("console.sock")
     }
 
-    fn write_config(&self) -> Result<()> {
+    fn write_config(&self, copy_bytes_per_s: u64) -> Result<()> {
         std::fs::create_dir_all(&self.folder)?;
         std::fs::create_dir_all(&self.images)?;
         let text = format!(
-            "state_dir = {:?}\nruntime_dir = {:?}\npki_dir = {:?}\nimages_dir = {:?}\n\n[link]\nlisten = {:?}\n\n[exchange]\nbandwidth_bytes_per_s = {EXCHANGE_BYTES_PER_S}\n",
+            "state_dir = {:?}\nruntime_dir = {:?}\npki_dir = {:?}\nimages_dir = {:?}\n\n[link]\nlisten = {:?}\n\n[exchange]\nbandwidth_bytes_per_s = {copy_bytes_per_s}\n",
             self.folder.join("state"),
             self.folder,
             self.folder.join("pki"),

@@ -1,8 +1,10 @@
 //! `make demo`: two hosts with an agent each, a real guest that keeps its disk busy, live-migrated there and back.
 //!
-//! Arguments: the `belay` binary, the `belay-probe` binary, the guest's folder (vmlinuz, initrd.img), the output folder.
+//! Arguments: the `belay` binary, the `belay-probe` binary, the guest's folder (vmlinuz, initrd.img), the output folder;
+//! with `evacuate ROUNDS` before them it is `make bench-evacuate`.
 
 mod console;
+mod evacuation;
 mod figures;
 mod hosts;
 mod page;
@@ -17,17 +19,19 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::console::Console;
-use crate::hosts::{Host, Hosts};
+use crate::hosts::{Host, Hosts, Network};
 use crate::page::Phase;
 
 /// The VM's name.
-pub(crate) const VM: &str = "demo";
+const VM: &str = "demo";
 const DISK: &str = "disk0";
 const DISK_BYTES: u64 = 1 << 30;
 /// The part of the disk that the guest's probe works on.
 const REGION_MIB: u64 = 64;
 /// Other content, at the disk's end, which only has to arrive.
 const CONTENT_BYTES: u64 = 96 << 20;
+/// What the copier may take of the link, in bytes per second: slow enough to be watched.
+const COPY_BYTES_PER_S: u64 = 48 << 20;
 /// How long the guest's I/O is watched before and after each migration.
 const WATCH: Duration = Duration::from_secs(4);
 /// The guest holds its load when so much is left to copy, so that both images can be compared at the end: a third of a
@@ -38,12 +42,19 @@ static STOP: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
     let arguments: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
-    let [belay, probe, guest, out] = &arguments[..] else {
-        eprintln!("usage: belay-demo BELAY BELAY-PROBE GUEST-FOLDER OUTPUT-FOLDER");
-        return ExitCode::from(2);
-    };
     std::thread::spawn(watch_signals);
-    match demonstrate(belay, probe, guest, out) {
+    let outcome = match &arguments[..] {
+        [belay, probe, guest, out] => demonstrate(belay, probe, guest, out),
+        [evacuate, rounds, belay, probe, guest, out] if evacuate.as_os_str() == "evacuate" => {
+            let rounds = rounds.to_str().and_then(|rounds| rounds.parse().ok()).unwrap_or(1);
+            evacuation::compare(belay, probe, guest, out, rounds)
+        }
+        _ => {
+            eprintln!("usage: belay-demo [evacuate ROUNDS] BELAY BELAY-PROBE GUEST-FOLDER OUTPUT-FOLDER");
+            return ExitCode::from(2);
+        }
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("demo: {error:#}");
@@ -93,30 +104,44 @@ fn demonstrate(belay: &Path, probe: &Path, guest: &Path, out: &Path) -> Result<(
     let images = tempfile::Builder::new().prefix("images-").tempdir_in(out)?;
     let outcome = run(belay, probe, guest, out, sockets.path(), images.path());
     if outcome.is_err() {
-        for host in ["host-a", "host-b"] {
-            let log =
-                std::fs::read_to_string(sockets.path().join(host).join("agent.log")).unwrap_or_default();
-            let path = out.join(format!("{host}.log"));
-            if std::fs::write(&path, log).is_ok() {
-                eprintln!("demo: the log of {host} is in {}", path.display());
-            }
-        }
+        keep_logs(sockets.path(), out);
     }
     outcome
+}
+
+/// After a failure: what the agents and QEMU said.
+fn keep_logs(sockets: &Path, out: &Path) {
+    for host in ["host-a", "host-b"] {
+        let folder = sockets.join(host);
+        let Ok(mut log) = std::fs::read_to_string(folder.join("agent.log")) else { continue };
+        for vm in [VM, evacuation::VM] {
+            log += &std::fs::read_to_string(folder.join("vms").join(format!("{vm}.log"))).unwrap_or_default();
+        }
+        let path = out.join(format!("{host}.log"));
+        if std::fs::write(&path, log).is_ok() {
+            eprintln!("demo: the log of {host} is in {}", path.display());
+        }
+    }
+}
+
+/// Writes bytes that do not compress.
+fn write_content(file: &std::fs::File, at: u64, len: u64) -> Result<()> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut chunk = vec![0u8; 1 << 20];
+    for mib in 0..len >> 20 {
+        for word in chunk.chunks_exact_mut(8) {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            word.copy_from_slice(&(state >> 7).to_le_bytes());
+        }
+        file.write_all_at(&chunk, at + (mib << 20))?;
+    }
+    Ok(())
 }
 
 fn make_disk(probe: &Path, path: &Path) -> Result<()> {
     let file = std::fs::File::create(path)?;
     file.set_len(DISK_BYTES)?;
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    let mut chunk = vec![0u8; 1 << 20];
-    for at in 0..CONTENT_BYTES >> 20 {
-        for word in chunk.chunks_exact_mut(8) {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            word.copy_from_slice(&(state >> 7).to_le_bytes());
-        }
-        file.write_all_at(&chunk, DISK_BYTES - CONTENT_BYTES + (at << 20))?;
-    }
+    write_content(&file, DISK_BYTES - CONTENT_BYTES, CONTENT_BYTES)?;
     file.sync_all()?;
     let status = Command::new(probe)
         .arg("prepare")
@@ -142,7 +167,7 @@ fn specification(guest: &Path) -> String {
 fn run(belay: &Path, probe: &Path, guest: &Path, out: &Path, sockets: &Path, images: &Path) -> Result<()> {
     let began = Instant::now();
     say("two hosts, an agent on each, enrolled with each other by a one-time token");
-    let hosts = Hosts::start(belay, sockets, images)?;
+    let hosts = Hosts::start(belay, sockets, images, Network::Separate, COPY_BYTES_PER_S, VM)?;
     let [a, b] = &hosts.all;
     let disk = images.join("disk0-original.img");
     make_disk(probe, &disk)?;

@@ -545,7 +545,10 @@ impl Device {
     /// A request that was executed at the backing's host has ended.
     pub(crate) fn remote_done(&mut self, done: RemoteDone) {
         match done.owner {
-            RemoteOwner::Guest(key) => self.guest_done(key, done.status),
+            RemoteOwner::Guest(key) => {
+                self.elder_done_remotely(key);
+                self.guest_done(key, done.status);
+            }
             RemoteOwner::Step(step) => self.remote_step_done(step, done),
         }
     }

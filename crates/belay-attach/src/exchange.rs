@@ -114,6 +114,14 @@ fn status_of(outcome: Outcome) -> Status {
     }
 }
 
+fn guest_kind(kind: OpKind) -> GuestKind {
+    match kind {
+        OpKind::Read => GuestKind::Read,
+        OpKind::Flush => GuestKind::Flush,
+        OpKind::Write | OpKind::Discard | OpKind::WriteZeroes { .. } => GuestKind::Change,
+    }
+}
+
 impl Device {
     pub(crate) fn start_exchange(&mut self, local: Box<dyn Backend>, options: ExchangeOptions) {
         if self.client.is_none() || self.is_successor() || self.exchange.is_some() {
@@ -133,8 +141,13 @@ impl Device {
         config.bandwidth = options.bandwidth;
         config.window_bytes = options.in_flight_bytes.max(config.chunk_bytes);
         let map = restore(&options.map_path, self.identity.id, size_bytes);
+        let mut pull = Pull::new(config, map);
+        // Orphans too: the guest has forgotten them, but they change the old backing all the same.
+        for (key, request) in self.requests.everything().filter(|(_, request)| request.done.is_none()) {
+            pull.elder(OpId(key as u64), guest_kind(request.kind), request.offset, request.len);
+        }
         self.exchange = Some(Box::new(Exchange {
-            pull: Pull::new(config, map),
+            pull,
             local,
             map_path: options.map_path,
             device: self.identity.id,
@@ -182,11 +195,7 @@ impl Device {
     /// A request of the guest, while there is an exchange.
     pub(crate) fn exchange_guest(&mut self, key: usize) {
         let Some(request) = self.requests.get(key) else { return };
-        let kind = match request.kind {
-            OpKind::Read => GuestKind::Read,
-            OpKind::Flush => GuestKind::Flush,
-            OpKind::Write | OpKind::Discard | OpKind::WriteZeroes { .. } => GuestKind::Change,
-        };
+        let kind = guest_kind(request.kind);
         let (offset, len) = (request.offset, request.len);
         self.pull(|pull, _, out| pull.guest(OpId(key as u64), kind, offset, len, out));
     }
@@ -333,6 +342,11 @@ impl Device {
         }
         self.pull(|pull, now, out| pull.tick(now, out));
         self.end_exchange_if_idle();
+    }
+
+    /// A request has ended that went to the old backing as a whole: perhaps before the exchange began.
+    pub(crate) fn elder_done_remotely(&mut self, key: usize) {
+        self.pull(|pull, _, out| pull.elder_done(OpId(key as u64), out));
     }
 
     /// The local side has been flushed: what was here before that flush may be remembered.

@@ -75,6 +75,11 @@ impl Requests {
         self.orphans
     }
 
+    /// All requests, also those that the guest has forgotten, with their keys.
+    pub(crate) fn everything(&self) -> impl Iterator<Item = (usize, &GuestRequest)> {
+        self.slots.iter()
+    }
+
     /// Keys of the live requests of a queue, in the order in which they came.
     pub(crate) fn of_queue(&self, queue: u16) -> Vec<usize> {
         self.keys(|request| request.queue == queue)

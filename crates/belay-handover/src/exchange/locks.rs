@@ -26,6 +26,12 @@ impl Locks {
         free
     }
 
+    /// Holds `from..to` for `holder` whoever else does: for what was under way before there were locks. Nobody takes
+    /// part of it until it is released.
+    pub(super) fn hold(&mut self, from: u64, to: u64, holder: u64) {
+        self.held.push(Held { from, to, holder, shared: false });
+    }
+
     /// Gives back what `holder` holds.
     pub(super) fn release(&mut self, holder: u64) {
         self.held.retain(|held| held.holder != holder);

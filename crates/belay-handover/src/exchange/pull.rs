@@ -267,6 +267,8 @@ pub struct Pull {
     phase: Phase,
     locks: Locks,
     ops: BTreeMap<OpId, GuestOp>,
+    /// Guest operations that were under way at the old backing when the copy began, and what they hold.
+    elders: BTreeMap<OpId, u64>,
     jobs: BTreeMap<u64, Job>,
     steps: BTreeMap<StepId, Step>,
     /// Guest operations that wait for blocks, or for the end of the cut-over.
@@ -301,6 +303,7 @@ impl Pull {
             phase: Phase::Copying,
             locks: Locks::default(),
             ops: BTreeMap::new(),
+            elders: BTreeMap::new(),
             jobs: BTreeMap::new(),
             steps: BTreeMap::new(),
             waiting: VecDeque::new(),
@@ -367,6 +370,28 @@ impl Pull {
             self.ops.remove(op);
         }
         waiting
+    }
+
+    /// A guest operation that was given to the old backing before the copy began, and has not ended. It stays there.
+    /// Nothing of a change's blocks is fetched before it has ended (the copy would be that of before, for ever), and
+    /// the old backing is not let go. Tell of all of them before anything else; [`Pull::elder_done`] when one has ended.
+    pub fn elder(&mut self, op: OpId, kind: GuestKind, offset: u64, len: u64) {
+        assert!(self.ops.is_empty() && self.jobs.is_empty(), "elders come first");
+        let holder = self.id();
+        if kind == GuestKind::Change {
+            let (from, to) = blocks_of(offset, len);
+            self.locks.hold(from, to, holder);
+            self.touched.set(from, to);
+        }
+        self.elders.insert(op, holder);
+    }
+
+    /// An elder has ended at the old backing, well or not. Any other operation is none of this.
+    pub fn elder_done(&mut self, op: OpId, out: &mut Vec<Action>) {
+        if let Some(holder) = self.elders.remove(&op) {
+            self.locks.release(holder);
+            self.go_on(out);
+        }
     }
 
     /// A guest operation. Ranges have been checked against the device's size.
@@ -777,7 +802,8 @@ impl Pull {
     }
 
     fn changes_in_flight(&self) -> bool {
-        self.ops.iter().any(|(op, entry)| entry.kind != GuestKind::Read && !self.waiting.contains(op))
+        !self.elders.is_empty()
+            || self.ops.iter().any(|(op, entry)| entry.kind != GuestKind::Read && !self.waiting.contains(op))
     }
 
     fn cut_flushed(&mut self, outcome: Outcome, out: &mut Vec<Action>) {

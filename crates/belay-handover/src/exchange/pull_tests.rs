@@ -322,3 +322,59 @@ fn bandwidth_limit_bounds_what_is_asked_for() {
     }
     assert!((512 << 10..=2 << 20).contains(&asked), "{asked} bytes in a second at 1 MiB/s");
 }
+
+/// Found with a real guest: the copier read a block before a write that had been sent before the copy began, and kept
+/// what it had read.
+#[test]
+fn block_of_a_change_from_before_the_copy_is_fetched_only_when_that_has_ended() {
+    let mut world = World::new(&[1; 10]);
+    let elder = OpId(1000);
+    world.pull.elder(elder, GuestKind::Change, 2 * BLOCK_BYTES, BLOCK_BYTES);
+    for _ in 0..1000 {
+        world.tick();
+        world.end_one(0);
+    }
+    assert!(!world.pull.map().has(2), "what the old backing had before the change is kept");
+    assert!(!world.ready);
+    // The change lands, and only then is told to have ended.
+    let (from, to) = (2 * BLOCK_BYTES as usize, 3 * BLOCK_BYTES as usize);
+    world.remote[from..to].fill(7);
+    world.model[from..to].fill(7);
+    let mut out = Vec::new();
+    world.pull.elder_done(elder, &mut out);
+    world.todo.extend(out);
+    world.finish();
+}
+
+#[test]
+fn old_backing_is_not_let_go_while_it_has_requests_from_before_the_copy() {
+    let mut world = World::new(&[1; 10]);
+    world.pull.elder(OpId(1000), GuestKind::Read, 0, BLOCK_BYTES);
+    for _ in 0..1000 {
+        world.tick();
+        world.end_one(0);
+    }
+    assert_eq!(world.pull.progress().local, SIZE as u64);
+    assert!(!world.ready);
+    let mut out = Vec::new();
+    world.pull.elder_done(OpId(1000), &mut out);
+    world.todo.extend(out);
+    world.finish();
+}
+
+#[test]
+fn hole_that_a_change_from_before_the_copy_filled_is_not_zeroed() {
+    let mut world = World::new(&[0; 10]);
+    let elder = OpId(1000);
+    world.pull.elder(elder, GuestKind::Change, 0, BLOCK_BYTES);
+    let mut out = Vec::new();
+    world.pull.tick(Duration::from_millis(1), &mut out);
+    let Some(Action::AskExtents { step, .. }) = out.pop() else { panic!("asks first: {out:?}") };
+    // Asked before the change landed, answered after it has ended.
+    world.remote[..BLOCK_BYTES as usize].fill(7);
+    world.model[..BLOCK_BYTES as usize].fill(7);
+    world.pull.elder_done(elder, &mut out);
+    world.pull.extents(step, &[], &mut out);
+    world.todo.extend(out);
+    world.finish();
+}

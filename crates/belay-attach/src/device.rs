@@ -47,6 +47,9 @@ const OP_CLASS: u64 = 0xf << 60;
 const RING_ENTRIES: u32 = 256;
 /// How often the snapshot is renewed while the thread is busy.
 const SNAPSHOT_EVERY: Duration = Duration::from_millis(50);
+/// How long the thread sleeps at first when it has run out of work. Then it looks at the rings again: a guest under
+/// TCG may have missed an interrupt, or we its request (see `belay_vhost_user::Ring::remind`).
+const SECOND_LOOK: Duration = Duration::from_millis(1);
 /// Rounds of the loop between two looks at the clock-driven work.
 const HOUSEKEEPING_EVERY: u32 = 64;
 
@@ -194,9 +197,9 @@ impl Device {
                 spinning = true;
                 continue;
             }
-            spinning = false;
+            let first = std::mem::replace(&mut spinning, false);
             self.renew_snapshot(true);
-            let limit = self.sleep_limit();
+            let limit = if first { SECOND_LOOK } else { self.sleep_limit() };
             self.ring.wait(Some(limit))?;
         }
         Ok(())

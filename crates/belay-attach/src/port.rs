@@ -446,7 +446,8 @@ impl Device {
         }
     }
 
-    /// Asks for kicks on every ring. `true`: requests came meanwhile.
+    /// Before the thread sleeps: asks for kicks on every ring, and interrupts a guest that waits. `true`: requests
+    /// came meanwhile.
     pub(crate) fn enable_notifications(&mut self) -> bool {
         let mut more = false;
         for index in 0..self.port.queues.len() as u16 {
@@ -454,10 +455,12 @@ impl Device {
                 && !self.port.queues[usize::from(index)].broken
                 && let Some(ring) = self.port.ring(index)
                 && ring.is_enabled()
-                && ring.enable_notifications()
             {
-                self.port.queues[usize::from(index)].kicked = true;
-                more = true;
+                ring.remind();
+                if ring.enable_notifications() {
+                    self.port.queues[usize::from(index)].kicked = true;
+                    more = true;
+                }
             }
         }
         more

@@ -472,3 +472,27 @@ fn impossible_region_is_answered_with_none() {
     assert_eq!(long(&vmm.ask(32, NEED_REPLY, &inflight_payload(4096, 1, 8), &[short.as_fd()]).0), 1);
     assert_eq!(long(&vmm.ask(32, NEED_REPLY, &inflight_payload(64, 1, 8), &[short.as_fd()]).0), 1);
 }
+
+/// QEMU's TCG lets a guest with one processor see the used index before its own wish for an interrupt is seen.
+#[test]
+fn guest_whose_wish_for_an_interrupt_came_late_is_reminded() {
+    let (mut vmm, mut guest) = running(8, 1 << 29);
+    let used_event = 4 + 2 * u64::from(guest.size);
+    for head in 0..3 {
+        guest.chain(head, &[(0x9000, 16, true)]);
+        guest.offer(head);
+    }
+    serve_one(&mut vmm, 1);
+    assert_eq!(count(&vmm.call), 1, "the first since the start");
+    // The guest has taken that one and asks for the next, but its word is not to be seen yet.
+    serve_one(&mut vmm, 1);
+    assert_eq!(count(&vmm.call), 0);
+    guest.write(guest.available + used_event, &1u16.to_le_bytes());
+    vmm.connection.ring(0).unwrap().remind();
+    assert_eq!(count(&vmm.call), 1);
+    // Once is enough; and a guest that polls is left alone.
+    vmm.connection.ring(0).unwrap().remind();
+    serve_one(&mut vmm, 1);
+    vmm.connection.ring(0).unwrap().remind();
+    assert_eq!(count(&vmm.call), 0);
+}

@@ -234,6 +234,17 @@ impl Device {
         }
     }
 
+    /// Data that the guest was to get from now on lands in `buf` instead.
+    pub(crate) fn divert_remote(&mut self, txid: TxId, buf: &Buf) {
+        let Some(client) = &mut self.client else { return };
+        if let Some(request) = client.guest.outstanding.get_mut(&txid) {
+            request.buf = buf.clone();
+            if let Some(conn) = &mut client.guest.conn {
+                conn.divert(txid, buf);
+            }
+        }
+    }
+
     /// Sends what has not been sent (`all`: also what was sent on an earlier connection), in order.
     pub(crate) fn send_outstanding(&mut self, channel: Channel, all: bool) {
         let epoch = self.request_epoch();

@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::time::Instant;
 
 use belay_block::Buf;
+use belay_wire::TxId;
 use belay_wire::frame::{FrameError, HEADER_BYTES, Header};
 
 /// Bytes taken from the socket with one system call. rustls alone reads 4 KiB at a time.
@@ -184,6 +185,16 @@ impl DataConn {
         if let Reading::Payload { header, target, got: 0, .. } = &mut self.reading {
             assert_eq!(buf.len(), header.payload_len as usize, "the caller checked the length");
             *target = Some(buf);
+        }
+    }
+
+    /// What is still to come of a payload that was to go elsewhere goes into `buf`, and what has come already, too.
+    pub(crate) fn divert(&mut self, txid: TxId, buf: &Buf) {
+        if let Reading::Payload { header, target: Some(target), got, .. } = &mut self.reading
+            && header.txid == txid
+        {
+            buf.copy_from_buf(0, &target.part(0, *got));
+            *target = buf.clone();
         }
     }
 

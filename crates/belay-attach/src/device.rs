@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use belay_block::virtio::{BlockConfig, Limits};
-use belay_block::{Backend, Op, OpId, Status};
+use belay_block::{Backend, Op, OpId, OpKind, Status};
 use belay_reactor::{Cqe, OwnerId, Ring, Token, Waker};
 use belay_wire::control::Channel;
 use belay_wire::{DeviceIdentity, Epoch, FrameKind, Header, TxId};
@@ -388,6 +388,7 @@ impl Device {
             local.tick(&mut self.ring, self.now);
         }
         self.exchange_tick();
+        self.answer_stop_in_time();
         self.heartbeats();
         self.renew_snapshot(false);
     }
@@ -495,13 +496,16 @@ impl Device {
     pub(crate) fn submit_guest(&mut self, key: usize) {
         let Some(request) = self.requests.get(key) else { return };
         let (kind, offset, len, txid) = (request.kind, request.offset, request.len, request.txid);
-        let buf = request.data.clone();
+        let buf = if kind == OpKind::Read { request.target().clone() } else { request.data.clone() };
         if self.exchange.is_some() {
             self.exchange_guest(key);
         } else if self.client.is_some() {
             let owner = RemoteOwner::Guest(key);
             self.submit_remote(txid, RemoteRequest::new(RemoteKind::Op(kind), offset, len, buf, owner));
         } else if let Some(local) = &mut self.local {
+            if kind == OpKind::Read {
+                self.requests.reads_here(key);
+            }
             let op = Op { id: OpId(GUEST_OP | key as u64), kind, offset, len, buf };
             local.submit(op, &mut self.ring, self.now);
         } else {

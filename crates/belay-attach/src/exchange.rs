@@ -204,7 +204,8 @@ impl Device {
         match action {
             Action::ReadLocal { step, op } => {
                 let Some(request) = self.requests.get(op.0 as usize) else { return };
-                let (offset, len, buf) = (request.offset, request.len, request.data.clone());
+                let (offset, len, buf) = (request.offset, request.len, request.target().clone());
+                self.requests.reads_here(op.0 as usize);
                 self.local_step(step, OpKind::Read, offset, len, buf);
             }
             Action::Fetch { step, job, offset, len, for_guest } => {
@@ -290,7 +291,7 @@ impl Device {
         let part = buf.part((request.offset - at) as usize, request.len as usize);
         // A guest that has forgotten the read may use its memory for something else by now.
         if !request.orphan {
-            request.data.copy_from_buf(0, &part);
+            request.target().copy_from_buf(0, &part);
         }
     }
 

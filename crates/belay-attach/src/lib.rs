@@ -11,6 +11,7 @@ mod exchange;
 mod handle;
 mod handover;
 mod open;
+mod parked;
 mod port;
 mod requests;
 mod serve;

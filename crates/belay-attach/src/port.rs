@@ -5,6 +5,7 @@
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
+use std::time::Instant;
 
 use belay_block::{IoVec, OpKind, Status};
 use belay_vhost_user::{Chain, Connection, Event, Marked, Offer, Ring, RingError};
@@ -61,6 +62,8 @@ pub(crate) struct Port {
     pub(crate) queues: Vec<Queue>,
     /// The VMM waits until requests in flight have ended.
     quiescing: bool,
+    /// The VMM waits for the answer to a stop since then.
+    pub(crate) stop_held: Option<Instant>,
     /// Rings of this connection have been started at least once.
     generation: u32,
 }
@@ -156,7 +159,9 @@ impl Device {
             if self.port.quiescing {
                 return;
             }
+            let hold = self.holds_stops();
             let Some(connection) = &mut self.port.connection else { return };
+            connection.hold_stops(hold);
             match connection.next_event() {
                 Ok(Some(event)) => self.on_vmm_event(event),
                 Ok(None) => return,
@@ -180,6 +185,7 @@ impl Device {
         }
         self.port.queues.clear();
         self.port.quiescing = false;
+        self.port.stop_held = None;
         self.port.generation = self.port.generation.wrapping_add(1);
         if had_rings {
             self.rings_all_stopped();
@@ -257,6 +263,7 @@ impl Device {
         queue.stopped_at = Some(base);
         self.forget_kick(index);
         self.counters.rings_stopped_ns = monotonic_ns();
+        self.park_reads(index);
         if self.is_successor() {
             self.successor_ring_stopped(index);
         }
@@ -541,6 +548,8 @@ impl Device {
             data: request.data,
             status_at: request.status,
             chain,
+            landing: None,
+            reading: false,
             born: self.now,
             done: None,
             orphan: false,
@@ -565,6 +574,8 @@ impl Device {
         }
         let index = request.queue;
         request.done = Some(status);
+        request.reading = false;
+        self.answer_stop();
         if self.serving() == Serving::Nobody {
             self.report_adopted(key);
         } else if self.port.queue(index).is_some_and(|queue| queue.running) {
@@ -576,6 +587,9 @@ impl Device {
     fn finish_parked(&mut self, key: usize) {
         let Some(status) = self.requests.get(key).and_then(|request| request.done) else { return };
         let Some(request) = self.requests.remove(key) else { return };
+        if let Some(landing) = request.landing.as_ref().filter(|_| status == Status::Ok) {
+            request.data.copy_from_buf(0, landing);
+        }
         let written = request.status_at.complete(status, request.kind, request.len);
         let ok = status == Status::Ok;
         self.counters.completed(since(self.now, request.born), ok);

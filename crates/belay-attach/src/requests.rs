@@ -27,6 +27,10 @@ pub(crate) struct GuestRequest {
     pub(crate) len: u64,
     /// The guest's memory for the data.
     pub(crate) data: Buf,
+    /// Memory of ours in which data to be read lands since its ring was stopped; see `parked.rs`.
+    pub(crate) landing: Option<Buf>,
+    /// A backend here reads into the guest's memory.
+    pub(crate) reading: bool,
     /// Where the status byte goes.
     pub(crate) status_at: belay_block::StatusByte,
     pub(crate) chain: Chain,
@@ -118,9 +122,28 @@ impl Requests {
         running
     }
 
+    /// A backend here begins to read for this request; into the guest's memory, unless it is parked.
+    pub(crate) fn reads_here(&mut self, key: usize) {
+        if let Some(request) = self.slots.get_mut(key) {
+            request.reading = request.landing.is_none();
+        }
+    }
+
+    /// Whether a backend here reads into the guest's memory.
+    pub(crate) fn any_reading(&self) -> bool {
+        self.slots.iter().any(|(_, request)| request.reading)
+    }
+
     /// The list that goes to a successor, in submission order.
     pub(crate) fn list(&self) -> Vec<ListedRequest> {
         self.all().into_iter().map(|key| listed(&self.slots[key])).collect()
+    }
+}
+
+impl GuestRequest {
+    /// Where data that is read goes now.
+    pub(crate) fn target(&self) -> &Buf {
+        self.landing.as_ref().unwrap_or(&self.data)
     }
 }
 

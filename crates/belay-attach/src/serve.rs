@@ -363,7 +363,7 @@ impl Device {
         let Some(request) = self.requests.get(key) else { return };
         let Some(status) = request.done else { return };
         let txid = request.txid;
-        let data = (request.kind == OpKind::Read && status == Status::Ok).then(|| request.data.clone());
+        let data = (request.kind == OpKind::Read && status == Status::Ok).then(|| request.target().clone());
         self.elder_ended(txid);
         self.reply(None, txid, status, data.as_ref(), 0);
     }

@@ -112,6 +112,48 @@ fn reset_with_requests_in_flight_leaves_nothing_for_the_new_rings() {
     guest.verify();
 }
 
+/// What a buffer of a read holds before the read is done.
+const UNREAD: [u8; 4096] = [0xa5; 4096];
+
+#[test]
+fn stop_is_answered_when_no_disk_here_reads_into_the_guests_memory_any_more() {
+    let net = Net::new();
+    let (_, _host, mut guest) = start(&net, 2, 20_000, 11);
+    for _ in 0..4 {
+        guest.run(20, 16);
+        guest.fill(16);
+        guest.stop();
+        // Whatever the guest's memory is used for from now on, nothing lands in it.
+        let buffers = guest.read_buffers();
+        assert!(!buffers.is_empty() && buffers.iter().all(|(_, bytes)| *bytes != UNREAD));
+        guest.start();
+    }
+    guest.verify();
+}
+
+#[test]
+fn data_from_another_host_does_not_land_in_a_guest_that_was_stopped_unless_it_goes_on() {
+    let net = Net::new();
+    let (id, mut a, mut guest) = start(&net, 2, 20_000, 12);
+    let _b = migrate(&net, &mut guest, &mut a, &id, 1, 1);
+    for round in 0..8 {
+        guest.run(50, 16);
+        guest.fill(16);
+        guest.stop();
+        let buffers = guest.read_buffers();
+        assert!(buffers.iter().any(|(_, bytes)| *bytes == UNREAD), "no read was in flight");
+        if round % 2 == 0 {
+            // A reset. The new region comes when nothing of before is under way any more.
+            guest.reset();
+            guest.fresh_inflight_region();
+            assert!(guest.same_buffers(&buffers), "data of before the reset has landed");
+        }
+        guest.start();
+    }
+    guest.run(100, 16);
+    guest.verify();
+}
+
 #[test]
 fn handover_moves_the_guest_with_its_requests_in_flight() {
     let net = Net::new();

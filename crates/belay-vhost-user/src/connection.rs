@@ -66,7 +66,8 @@ pub enum Event {
         /// Whether there is an in-flight region for this queue.
         inflight_region: bool,
     },
-    /// The ring was stopped (GET_VRING_BASE, already answered with `base`; or RESET_DEVICE). Everything completed
+    /// The ring was stopped (GET_VRING_BASE, already answered with `base` unless stops are held
+    /// ([`Connection::hold_stops`]); or RESET_DEVICE). Everything completed
     /// before is published and logged. [`Connection::ring`] no longer gives it, and guest memory must not be changed
     /// on its behalf any more; the memory of chains in flight stays mapped as long as they are held.
     RingStopped {
@@ -118,6 +119,8 @@ pub struct Connection {
     rings: Vec<Option<Ring>>,
     pub(crate) events: VecDeque<Event>,
     pub(crate) held: Option<Held>,
+    /// GET_VRING_BASE is answered by [`Connection::quiesced`].
+    pub(crate) hold_stops: bool,
     /// Nothing more comes.
     over: bool,
     /// Why, until that was told.
@@ -141,6 +144,7 @@ pub(crate) struct Queue {
 pub(crate) enum Held {
     Reset { need_reply: bool },
     Inflight { queues: u16, entries: u16, payload_len: usize },
+    Base { queue: u16, base: u16 },
 }
 
 /// How a request went.
@@ -186,6 +190,7 @@ impl Connection {
             rings: (0..queues).map(|_| None).collect(),
             events: VecDeque::new(),
             held: None,
+            hold_stops: false,
             over: false,
             end: None,
         })
@@ -289,7 +294,20 @@ impl Connection {
         self.features
     }
 
-    /// Answers the message behind [`Event::Quiesce`]: nothing of before touches guest memory any more.
+    /// Whether the next GET_VRING_BASE is answered at once (as at first), or by [`Connection::quiesced`], until
+    /// which no further message is handled: for a device that must not let go of guest memory yet.
+    pub fn hold_stops(&mut self, hold: bool) {
+        self.hold_stops = hold;
+    }
+
+    /// Whether a ring has been stopped and the VMM waits for [`Connection::quiesced`].
+    #[must_use]
+    pub fn is_stop_held(&self) -> bool {
+        matches!(self.held, Some(Held::Base { .. }))
+    }
+
+    /// Answers the message behind [`Event::Quiesce`], or a stop that is held: nothing of before touches guest memory
+    /// any more.
     ///
     /// # Errors
     /// The connection is over.
@@ -299,6 +317,9 @@ impl Connection {
             Some(Held::Reset { need_reply }) => self.answer_reset(need_reply),
             Some(Held::Inflight { queues, entries, payload_len }) => {
                 self.answer_get_inflight(queues, entries, payload_len)
+            }
+            Some(Held::Base { queue, base }) => {
+                self.socket.reply(message::request::GET_VRING_BASE, &base_payload(queue, base), None)
             }
         };
         self.over |= answered.is_err();
@@ -396,6 +417,13 @@ impl Connection {
             }
         }
     }
+}
+
+/// The payload that answers GET_VRING_BASE.
+pub(crate) fn base_payload(queue: u16, base: u16) -> Vec<u8> {
+    let mut payload = u32::from(queue).to_ne_bytes().to_vec();
+    payload.extend_from_slice(&u32::from(base).to_ne_bytes());
+    payload
 }
 
 impl Offer {

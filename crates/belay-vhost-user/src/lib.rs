@@ -10,8 +10,8 @@
 //!                      └── Ring ──▶ pop() → Chain ──▶ device ──▶ log_written() · complete() · publish()
 //! ```
 //!
-//! What differs from other servers, and why there is one of our own: GET_VRING_BASE is answered at once without
-//! draining; requests in flight are recorded in the in-flight region with a tag of the device's; the dirty log stays
+//! What differs from other servers, and why there is one of our own: GET_VRING_BASE is answered without draining, at
+//! once or when the device says so; requests in flight are recorded in the in-flight region with a tag of the device's; the dirty log stays
 //! exact when its base is replaced or the memory table changes; and clearing VHOST_F_LOG_ALL is respected.
 //!
 //! Only split rings are served. Guest memory is shared with a guest that may change it at any time: it is reached

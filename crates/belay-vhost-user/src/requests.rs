@@ -189,10 +189,13 @@ impl Connection {
 
     fn get_vring_base(&mut self, message: &Message) -> Outcome {
         let (queue, _) = self.vring_state(message)?;
+        let ran = self.ring(queue).is_some();
         let base = self.stop(queue);
-        let mut payload = u32::from(queue).to_ne_bytes().to_vec();
-        payload.extend_from_slice(&u32::from(base).to_ne_bytes());
-        Ok(Answer::Reply(payload, None))
+        if ran && self.hold_stops {
+            self.held = Some(Held::Base { queue, base });
+            return Ok(Answer::Held);
+        }
+        Ok(Answer::Reply(crate::connection::base_payload(queue, base), None))
     }
 
     /// Queue and descriptor of SET_VRING_KICK, CALL or ERR.

@@ -244,6 +244,17 @@ impl Guest {
         }
     }
 
+    /// The memory that reads in flight are to fill.
+    pub fn read_buffers(&self) -> Vec<((usize, usize), [u8; BLOCK])> {
+        let reads = self.in_flight.iter().filter(|(_, doing)| matches!(doing, Doing::Read { .. }));
+        reads.map(|((queue, slot), _)| ((*queue, *slot), self.get(self.slot(*queue, *slot) + DATA))).collect()
+    }
+
+    /// The memory of these buffers now.
+    pub fn same_buffers(&self, buffers: &[((usize, usize), [u8; BLOCK])]) -> bool {
+        buffers.iter().all(|((queue, slot), bytes)| self.get(self.slot(*queue, *slot) + DATA) == *bytes)
+    }
+
     fn content(version: u64, block: u64) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(BLOCK);
         while bytes.len() < BLOCK {

@@ -250,7 +250,13 @@ impl Guest {
         reads.map(|((queue, slot), _)| ((*queue, *slot), self.get(self.slot(*queue, *slot) + DATA))).collect()
     }
 
-    /// The memory of these buffers now.
+    /// How many requests the device had not even taken at the last stop.
+    pub fn not_taken(&self) -> usize {
+        let counts = self.avail.iter().zip(&self.bases).map(|(avail, base)| avail.wrapping_sub(*base));
+        counts.map(usize::from).sum()
+    }
+
+    /// Whether the memory of these buffers is as it was.
     pub fn same_buffers(&self, buffers: &[((usize, usize), [u8; BLOCK])]) -> bool {
         buffers.iter().all(|((queue, slot), bytes)| self.get(self.slot(*queue, *slot) + DATA) == *bytes)
     }

@@ -40,6 +40,8 @@ pub struct Agent {
     pub operations: Operations,
     /// Its VMs.
     pub vms: Vms,
+    /// Held while a device is prepared for a peer: the same call twice may not start it twice.
+    pub(crate) preparing: tokio::sync::Mutex<()>,
     devices: Mutex<BTreeMap<String, Arc<Managed>>>,
     clients: Mutex<BTreeMap<String, ControlClient>>,
 }
@@ -55,6 +57,7 @@ impl Agent {
             events: Events::default(),
             operations: Operations::default(),
             vms: Vms::default(),
+            preparing: tokio::sync::Mutex::default(),
             devices: Mutex::default(),
             clients: Mutex::default(),
         })
@@ -87,6 +90,23 @@ impl Agent {
         })
     }
 
+    /// A device by its name; one that has left says where it went.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn device_or_gone(&self, name: &str) -> Result<Arc<Managed>, AgentError> {
+        let missing = match self.device(name) {
+            Ok(device) => return Ok(device),
+            Err(missing) => missing,
+        };
+        let records = self.ledger.devices()?;
+        let gone = records.into_iter().find_map(|record| match record.role {
+            RoleRecord::Tombstone { moved_to, .. } if record.identity.name == name => Some(moved_to),
+            _ => None,
+        });
+        Err(gone.map_or(missing, |to| AgentError::fenced(format!("device {name} has moved to {to}"))))
+    }
+
     /// A device by its id.
     #[must_use]
     pub fn device_by_id(&self, id: DeviceId) -> Option<Arc<Managed>> {
@@ -98,6 +118,7 @@ impl Agent {
     /// # Errors
     /// The disk, or the device cannot go from its role to this one.
     pub async fn record(&self, device: &Managed, epoch: Epoch, role: RoleRecord) -> Result<(), AgentError> {
+        let _writing = device.writing.lock().await;
         let present = device.record();
         if epoch < present.epoch || !allowed(&present.role, &role) {
             return Err(AgentError::fenced(format!(
@@ -105,7 +126,7 @@ impl Agent {
                 present.identity.name, present.role, present.epoch
             )));
         }
-        let record = DeviceRecord { epoch, role, ..present };
+        let record = DeviceRecord { epoch, role, offered: None, ..present };
         self.write_record(record.clone()).await?;
         device.set_record(record);
         Ok(())
@@ -180,6 +201,9 @@ impl Agent {
             .unwrap_or_else(std::sync::PoisonError::into_inner)
             .insert(name.clone(), Arc::clone(&device));
         self.listen_to(&device, notices);
+        if let Some(offer) = record.offered {
+            device.send(Command::Offer { to: offer.to });
+        }
         match record.role {
             RoleRecord::Local { backend } | RoleRecord::Lent { backend, .. } => {
                 let backend = open_when_free(&backend).await?;
@@ -425,8 +449,13 @@ impl Agent {
         geometry.size_bytes = opened.info().size_bytes;
         drop(opened);
         let name = identity.name.clone();
-        let record =
-            DeviceRecord { schema: SCHEMA, identity, epoch: Epoch(1), role: RoleRecord::Local { backend } };
+        let record = DeviceRecord {
+            schema: SCHEMA,
+            identity,
+            epoch: Epoch(1),
+            role: RoleRecord::Local { backend },
+            offered: None,
+        };
         self.write_record(record.clone()).await?;
         let device = self.start_device(record).await?;
         self.events.note("device", Some(&name), None, "added");
@@ -448,6 +477,7 @@ impl Agent {
         if !matches!(role, RoleRecord::Local { .. } | RoleRecord::Prepared { .. }) {
             return Err(AgentError::precheck(format!("device {name} is shared with another host: {role:?}")));
         }
+        not_offered(&device)?;
         self.drop_device(&device).await
     }
 
@@ -490,12 +520,14 @@ impl Agent {
                 "device {name} can be resized only while guest and backing are on the same host"
             )));
         }
+        not_offered(&device)?;
         let mark = device.mark();
         device.send(Command::Resize(size_bytes));
         let answer = device.wait_for(mark, &["Resized"], Duration::from_secs(10)).await?;
         if answer.starts_with("Resized(Err") {
             return Err(AgentError::failed(format!("device {name} was not resized: {answer}")));
         }
+        let _writing = device.writing.lock().await;
         let mut record = device.record();
         let belay_wire::device::DeviceClass::Block(geometry) = &mut record.identity.class;
         geometry.size_bytes = size_bytes;
@@ -504,6 +536,14 @@ impl Agent {
         self.events.note("device", Some(name), None, format!("has {size_bytes} bytes now"));
         Ok(())
     }
+}
+
+/// The host that a device is offered to has learnt what it is: it must stay like that.
+fn not_offered(device: &Managed) -> Result<(), AgentError> {
+    let Some(offer) = device.record().offered else { return Ok(()) };
+    let name = device.name();
+    Err(AgentError::precheck(format!("device {name} is offered to {}", offer.to))
+        .hint(format!("take that back first: `belay device withdraw {name}`")))
 }
 
 /// Names are used in paths and on command lines.

@@ -22,6 +22,7 @@ use crate::agent::Agent;
 use crate::error::AgentError;
 use crate::events::Event;
 use crate::ledger::Mode;
+use crate::offer::{OfferView, WithdrawView};
 use crate::operation::OperationView;
 use crate::view::{DeviceView, device_view};
 use crate::vm::VmView;
@@ -150,6 +151,20 @@ pub struct MigrateBody {
     dry_run: bool,
 }
 
+/// An offer of a device to another host.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct OfferBody {
+    to: String,
+    /// `follow` (default) or `stay`.
+    #[serde(default)]
+    #[schema(value_type = String)]
+    mode: Mode,
+    /// Only check whether it could be.
+    #[serde(default)]
+    dry_run: bool,
+}
+
 /// The outcome of an abort.
 #[derive(Serialize, ToSchema)]
 pub struct Aborted {
@@ -173,6 +188,8 @@ struct Follow {
         add_device,
         remove_device,
         resize,
+        offer,
+        withdraw,
         exchange,
         exchange_limit,
         exchange_cancel,
@@ -195,6 +212,7 @@ pub fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/devices", get(devices).post(add_device))
         .route("/v1/devices/{name}", get(device).delete(remove_device))
         .route("/v1/devices/{name}/resize", post(resize))
+        .route("/v1/devices/{name}/offer", post(offer).delete(withdraw))
         .route("/v1/devices/{name}/exchange", post(exchange).patch(exchange_limit).delete(exchange_cancel))
         .route("/v1/vms", get(vms).post(run_vm))
         .route("/v1/vms/adopt", post(adopt_vm))
@@ -330,6 +348,21 @@ async fn resize(State(agent): Shared, Path(name): Path<String>, bytes: Bytes) ->
     let request: Resize = body(&bytes)?;
     agent.resize_device(&name, request.size_bytes).await?;
     Ok(Json(device_view(&agent, &*agent.device(&name)?)))
+}
+
+/// Returns when a VMM at the other host may connect; the same offer again says the same.
+#[utoipa::path(post, path = "/v1/devices/{name}/offer", request_body = OfferBody, responses((status = 200, body = OfferView)))]
+async fn offer(State(agent): Shared, Path(name): Path<String>, bytes: Bytes) -> Answer<OfferView> {
+    let request: OfferBody = body(&bytes)?;
+    let device = agent.device_or_gone(&name)?;
+    Ok(Json(agent.offer_device(&device, &request.to, request.mode, request.dry_run).await?))
+}
+
+/// Without an offer nothing is done; after the other host has asked for the device it is too late.
+#[utoipa::path(delete, path = "/v1/devices/{name}/offer", responses((status = 200, body = WithdrawView)))]
+async fn withdraw(State(agent): Shared, Path(name): Path<String>) -> Answer<WithdrawView> {
+    let device = agent.device_or_gone(&name)?;
+    Ok(Json(agent.withdraw_device(&device).await?))
 }
 
 #[utoipa::path(post, path = "/v1/devices/{name}/exchange", request_body = ExchangeBody, responses((status = 202)))]

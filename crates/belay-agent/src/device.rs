@@ -34,6 +34,10 @@ pub struct Managed {
     pub figures: Mutex<HandoverFigures>,
     /// Held while an exchange begins: two may not make the same file.
     pub(crate) beginning: tokio::sync::Mutex<()>,
+    /// Held while an offer is made or taken back.
+    pub(crate) moving: tokio::sync::Mutex<()>,
+    /// Held from reading the record until its successor is in the ledger.
+    pub(crate) writing: tokio::sync::Mutex<()>,
 }
 
 impl Managed {
@@ -47,6 +51,8 @@ impl Managed {
             changed: watch::channel(0).0,
             figures: Mutex::default(),
             beginning: tokio::sync::Mutex::default(),
+            moving: tokio::sync::Mutex::default(),
+            writing: tokio::sync::Mutex::default(),
         }
     }
 

@@ -151,6 +151,18 @@ pub struct DeviceRecord {
     pub epoch: Epoch,
     /// Its role here.
     pub role: RoleRecord,
+    /// The host that may take it; only of a device whose guest and backing are here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offered: Option<OfferRecord>,
+}
+
+/// A host may take a device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfferRecord {
+    /// The host.
+    pub to: String,
+    /// What becomes of the backing afterwards.
+    pub mode: Mode,
 }
 
 /// A VM's record.
@@ -332,6 +344,7 @@ mod tests {
             },
             epoch: Epoch(3),
             role: RoleRecord::Lent { backend: BackendSpec::file("/a".into()), to: "b".into() },
+            offered: None,
         }
     }
 

@@ -10,6 +10,7 @@ mod exchange;
 pub mod ledger;
 pub mod metrics;
 pub mod migrate;
+pub mod offer;
 pub mod operation;
 pub mod peer;
 pub mod view;

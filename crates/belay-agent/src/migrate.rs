@@ -10,8 +10,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use belay_attach::Command;
-use belay_link::ControlClient;
 use belay_vmm::{Capability, Qmp};
 use belay_wire::DeviceId;
 use serde::Serialize;
@@ -20,11 +18,11 @@ use serde::de::DeserializeOwned;
 use crate::agent::Agent;
 use crate::device::Managed;
 use crate::error::AgentError;
-use crate::ledger::{Mode, RoleRecord};
+use crate::ledger::Mode;
 use crate::operation::{
     Check, HandoverReport, MigrationFigures, Operation, OperationDevice, RamView, Report,
 };
-use crate::peer::{DeviceQuery, DeviceState, Done, HelloAnswer, Incoming, Prepare, StartIncoming, VmQuery};
+use crate::peer::{DeviceQuery, DeviceState, Done, HelloAnswer, Incoming, StartIncoming, VmQuery};
 use crate::vm::Vm;
 
 /// Limit of a VM's memory transfer where the configuration has none, in bytes per second.
@@ -53,7 +51,6 @@ struct Migration {
     request: Request,
     vm: Arc<Vm>,
     devices: Vec<Arc<Managed>>,
-    peer: ControlClient,
     began: Instant,
 }
 
@@ -85,18 +82,16 @@ impl Agent {
         if request.to == self.host() {
             return Err(AgentError::precheck(format!("VM {} is on host {} already", request.vm, request.to)));
         }
-        let peer = self.client(&request.to)?;
+        self.client(&request.to)?;
         let devices =
             vm.record.devices.iter().map(|name| self.device(name)).collect::<Result<Vec<_>, _>>()?;
-        let mode = if request.mode == Mode::Follow { "follow" } else { "stay" };
-        let operation = self.operations.begin(&request.vm, &request.to, mode);
+        let operation = self.operations.begin(&request.vm, &request.to, request.mode.name());
         let migration = Migration {
             agent: Arc::clone(self),
             operation: Arc::clone(&operation),
             request,
             vm,
             devices,
-            peer,
             began: Instant::now(),
         };
         let checked = migration.precheck().await;
@@ -120,15 +115,7 @@ impl Migration {
         method: &str,
         request: &Q,
     ) -> Result<A, AgentError> {
-        use belay_link::CallError;
-        self.peer.call_within(Duration::from_secs(limit_s), method, request).await.map_err(
-            |error| match error {
-                CallError::Refused { error, .. } => {
-                    AgentError { code: error.code, message: error.message, hint: None }
-                }
-                other => AgentError::unreachable(other.to_string()),
-            },
-        )
+        self.agent.call_host(&self.request.to, Duration::from_secs(limit_s), method, request).await
     }
 
     fn note(&self, message: impl Into<String>) {
@@ -160,43 +147,15 @@ impl Migration {
         self.check("vm", self.vm.spec().map(|spec| format!("machine {}", spec.machine)))?;
         for device in &self.devices {
             let name = device.name();
-            let role = match device.role() {
-                RoleRecord::Local { .. } => Ok(format!("{name} is here")),
-                RoleRecord::Remote { backing, .. } => {
-                    Err(AgentError::precheck(format!("device {name} is backed by {backing}"))
-                        .hint(format!("bring it here first: `belay exchange {name} --wait`")))
-                }
-                RoleRecord::Exchanging { backing, .. } | RoleRecord::Cutting { backing, .. } => {
-                    Err(AgentError::precheck(format!("device {name} is being copied from {backing}"))
-                        .hint("wait until `belay status` shows it local"))
-                }
-                other => Err(AgentError::fenced(format!("device {name} is not at this host: {other:?}"))),
-            };
-            self.check(&format!("device {name}"), role)?;
-            let asked: Result<Done, AgentError> =
-                self.call(10, "prepare", &self.preparation(device, true)?).await;
-            let fits = asked.map(|_| format!("host {} has room for it", self.request.to));
-            self.check(
-                &format!("room for {name}"),
-                fits.map_err(|error| AgentError { code: "precheck".to_owned(), ..error }),
-            )?;
+            let offer = self.agent.offer_device(device, &self.request.to, self.request.mode, true).await;
+            let fits = offer.map(|_| format!("{name} is here, host {} has room for it", self.request.to));
+            let fits = fits.map_err(|error| match error.code.as_str() {
+                "failed" => AgentError { code: "precheck".to_owned(), ..error },
+                _ => error,
+            });
+            self.check(&format!("device {name}"), fits)?;
         }
         Ok(())
-    }
-
-    fn preparation(&self, device: &Managed, dry_run: bool) -> Result<Prepare, AgentError> {
-        let RoleRecord::Local { backend } = device.role() else {
-            return Err(AgentError::precheck(format!("device {} is not local", device.name())));
-        };
-        Ok(Prepare {
-            identity: device.identity(),
-            epoch: device.epoch(),
-            mode: self.request.mode,
-            needed_bytes: self.agent.info_of(device)?.allocated_bytes,
-            delay_us: backend.delay_us,
-            direct: backend.direct,
-            dry_run,
-        })
     }
 
     fn ids(&self) -> Vec<DeviceId> {
@@ -229,10 +188,7 @@ impl Migration {
     async fn attempt(&self) -> Result<Report, AgentError> {
         self.operation.phase("prepare", true);
         for device in &self.devices {
-            let mark = device.mark();
-            device.send(Command::Offer { to: self.request.to.clone() });
-            let _: Done = self.call(30, "prepare", &self.preparation(device, false)?).await?;
-            device.wait_for(mark, &["SuccessorReady"], Duration::from_secs(15)).await?;
+            self.agent.offer_device(device, &self.request.to, self.request.mode, false).await?;
             self.abort_point()?;
         }
         let spec = self.vm.record.spec.clone().unwrap_or_default();
@@ -340,10 +296,8 @@ impl Migration {
         self.operation.phase("finish", false);
         let mut gone = Vec::new();
         for device in &self.devices {
-            let mark = device.mark();
-            device.send(Command::Withdraw);
-            let answer = device.wait_for(mark, &["Withdraw"], Duration::from_secs(10)).await;
-            if !answer.is_ok_and(|answer| answer.starts_with("Withdrawn")) {
+            let _moving = device.moving.lock().await;
+            if self.agent.withdraw_here(device).await.is_err() {
                 gone.push(device.name());
             }
         }

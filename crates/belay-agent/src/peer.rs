@@ -71,8 +71,29 @@ pub struct Prepare {
     /// As in the ledger.
     #[serde(default)]
     pub direct: bool,
+    /// It has been offered before, like this: what is there may be kept.
+    #[serde(default)]
+    pub again: bool,
     /// Only look whether it could be.
     pub dry_run: bool,
+}
+
+/// The answer to `prepare`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Prepared {
+    /// Where a VMM there connects.
+    #[serde(default)]
+    pub socket: String,
+    /// It was there already, and connected.
+    #[serde(default)]
+    pub kept: bool,
+}
+
+/// `withdraw`: these devices do not come after all.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DeviceList {
+    /// Which.
+    pub devices: Vec<DeviceId>,
 }
 
 /// `start_incoming`: start this VM, and wait for its memory.
@@ -127,6 +148,10 @@ impl ControlHandler for Peers {
             "device_info" => self.0.device_info(&peer, parse(body).map_err(rpc)?).and_then(answer),
             "device_state" => self.0.device_state(&peer, parse(body).map_err(rpc)?).and_then(answer),
             "prepare" => self.0.prepare(&peer, parse(body).map_err(rpc)?).await.and_then(answer),
+            "withdraw" => {
+                let request: DeviceList = parse(body).map_err(rpc)?;
+                self.0.abort_prepared(&peer, &request.devices).await.map(|()| Done {}).and_then(answer)
+            }
             "start_incoming" => self.0.start_incoming(parse(body).map_err(rpc)?).await.and_then(answer),
             "incoming_done" => self.0.incoming_done(parse(body).map_err(rpc)?).await.and_then(answer),
             "abort_incoming" => {
@@ -144,6 +169,17 @@ impl ControlHandler for Peers {
 
 fn rpc(error: AgentError) -> RpcError {
     RpcError::new(&error.code, error.message)
+}
+
+/// Whether a device waits here as this request wants it, with its connection: a VMM may use it already.
+fn still_prepared(device: &crate::device::Managed, request: &Prepare) -> bool {
+    let record = device.record();
+    let snapshot = device.snapshot();
+    let like = matches!(record.role, RoleRecord::Prepared { mode, .. } if mode == request.mode);
+    like && record.epoch == request.epoch
+        && record.identity == request.identity
+        && snapshot.state == "prepared"
+        && snapshot.link_up
 }
 
 impl Agent {
@@ -200,20 +236,22 @@ impl Agent {
     }
 
     /// A device may come here: learn it, and connect to where it is.
-    async fn prepare(self: &Arc<Self>, peer: &str, request: Prepare) -> Result<Done, AgentError> {
+    async fn prepare(self: &Arc<Self>, peer: &str, request: Prepare) -> Result<Prepared, AgentError> {
         crate::agent::check_identity(&request.identity)?;
         let name = request.identity.name.clone();
+        let _preparing = self.preparing.lock().await;
+        let answer = |kept| Prepared { socket: self.config.device_socket(&name).display().to_string(), kept };
         if let Ok(present) = self.device(&name) {
-            let again = present.identity().id == request.identity.id
+            let prepared = present.identity().id == request.identity.id
                 && matches!(present.role(), RoleRecord::Prepared { from, .. } if from == peer);
-            if !again {
+            if !prepared {
                 return Err(AgentError::precheck(format!(
                     "host {} has a device {name} already",
                     self.host()
                 )));
             }
-            if request.dry_run {
-                return Ok(Done {});
+            if request.dry_run || request.again && still_prepared(&present, &request) {
+                return Ok(answer(true));
             }
             self.drop_device(&present).await?;
         }
@@ -233,7 +271,7 @@ impl Agent {
             }
         }
         if request.dry_run {
-            return Ok(Done {});
+            return Ok(answer(false));
         }
         let role = RoleRecord::Prepared {
             from: peer.to_owned(),
@@ -242,12 +280,18 @@ impl Agent {
             direct: request.direct,
             replaces: self.departed(&request)?,
         };
-        let record = DeviceRecord { schema: SCHEMA, identity: request.identity, epoch: request.epoch, role };
+        let record = DeviceRecord {
+            schema: SCHEMA,
+            identity: request.identity,
+            epoch: request.epoch,
+            role,
+            offered: None,
+        };
         self.write_record(record.clone()).await?;
         let device = self.start_device(record).await?;
         let prepared = device.wait_for(0, &["Prepared", "PeerRefused"], Duration::from_secs(15)).await;
         match prepared {
-            Ok(text) if text.starts_with("Prepared") => Ok(Done {}),
+            Ok(text) if text.starts_with("Prepared") => Ok(answer(false)),
             Ok(text) => {
                 self.drop_device(&device).await?;
                 Err(AgentError::failed(format!("device {name}: {peer} refused the connection: {text}")))

@@ -50,8 +50,10 @@ pub struct DeviceView {
     pub attached_to: String,
     /// The host with the backing.
     pub backed_by: String,
-    /// `local`, `offered`, `parked`, `granting`, `lent`, `prepared`, `claiming`, `remote`.
+    /// `local`, `offered`, `parked`, `granting`, `lent`, `prepared`, `claiming`, `remote`, `failed`.
     pub state: String,
+    /// The host that may take it.
+    pub offered_to: Option<String>,
     /// How often its attachment has moved.
     pub epoch: u64,
     /// Where its VMM connects.
@@ -126,6 +128,7 @@ pub fn device_view(agent: &Agent, device: &Managed) -> DeviceView {
         attached_to,
         backed_by,
         state: state.to_owned(),
+        offered_to: record.offered.map(|offer| offer.to),
         epoch: record.epoch.0,
         socket: agent.config.device_socket(&record.identity.name).display().to_string(),
         vmm_connected: snapshot.vmm_connected,

@@ -619,6 +619,7 @@ impl Device {
             first_completion_ns: self.counters.first_completion_ns,
             rings_stopped_ns: self.counters.rings_stopped_ns,
             link_up,
+            successor_ready: self.server.guest_session().is_some() && self.lent_to.is_none(),
             link_in_bytes: link_in,
             link_out_bytes: link_out,
             served: self.counters.served,

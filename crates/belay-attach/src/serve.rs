@@ -255,7 +255,10 @@ impl Device {
                 return;
             }
         }
-        self.more_to_read.push(self.server.sessions[key].id);
+        // The last frame may have been its farewell.
+        if let Some(session) = self.server.sessions.get(key) {
+            self.more_to_read.push(session.id);
+        }
     }
 
     pub(crate) fn drop_session(&mut self, key: usize, error: &ConnError) {

@@ -67,6 +67,8 @@ pub struct Snapshot {
     pub rings_stopped_ns: u64,
     /// Whether the data connection to the backing is up.
     pub link_up: bool,
+    /// Whether the host that the device is offered to is connected.
+    pub successor_ready: bool,
     /// Bytes of payload received from peers.
     pub link_in_bytes: u64,
     /// Bytes of payload sent to peers.

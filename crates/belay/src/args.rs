@@ -148,6 +148,33 @@ Examples:
         /// The device's name
         name: String,
     },
+    /// Let another host take a device when its machine migrates there, by whatever means
+    #[command(after_help = "\
+Examples:
+  belay device offer data host-b
+  belay device offer data host-b --mode stay --json
+  belay device offer data host-b --dry-run
+
+Use it before a migration with libvirt or with your own QMP: when it returns, the other host serves the
+socket that it prints, and the machine there may be started with it. `belay migrate` does all of it by itself.")]
+    Offer {
+        /// The device's name
+        name: String,
+        /// The host that the machine goes to, as `belay host list` shows it
+        host: String,
+        /// Whether its data follows, or stays here and is used over the network
+        #[arg(long, value_enum, default_value_t = Mode::Follow)]
+        mode: Mode,
+        /// Only check whether it would work
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Take an offer back, when the machine has not migrated
+    #[command(after_help = "Example:\n  belay device withdraw data")]
+    Withdraw {
+        /// The device's name
+        name: String,
+    },
     /// Make a device larger; its machine notices at once
     #[command(after_help = "Example:\n  belay device resize data 20G")]
     Resize {
@@ -436,6 +463,8 @@ mod tests {
             "belay device resize d lots",
             "belay exchange d --cancel --wait",
             "belay migrate web",
+            "belay device offer data",
+            "belay device offer data host-b --mode maybe",
             "belay migrate web host-b --mode maybe",
             "belay migrate web host-b --dry-run --no-wait",
             "belay host invite --expires soon --address a:1",

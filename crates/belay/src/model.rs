@@ -37,6 +37,8 @@ pub(crate) struct Device {
     pub(crate) backed_by: Option<String>,
     pub(crate) state: String,
     #[serde(default)]
+    pub(crate) offered_to: Option<String>,
+    #[serde(default)]
     pub(crate) epoch: u64,
     #[serde(default)]
     pub(crate) socket: Option<String>,

@@ -37,6 +37,22 @@ pub(super) async fn run(context: &Context, command: DeviceCommand) -> Result<(),
             let message = format!("device {name} removed; its data is where it was");
             (client.delete(&path(&name)).await?, message)
         }
+        DeviceCommand::Offer { name, host, mode, dry_run } => {
+            let body = json!({"to": host, "mode": mode.name(), "dry_run": dry_run});
+            let offered = client.post(&format!("{}/offer", path(&name)), &body).await?;
+            let socket = offered.get("socket").and_then(Value::as_str).unwrap_or_default();
+            let message = if dry_run {
+                format!("device {name} can be offered to {host}: nothing was changed")
+            } else {
+                format!("device {name} is offered to {host}, which serves it at {socket}")
+            };
+            (offered, message)
+        }
+        DeviceCommand::Withdraw { name } => {
+            let withdrawn = client.delete(&format!("{}/offer", path(&name))).await?;
+            let message = withdrawal(&name, &withdrawn);
+            (withdrawn, message)
+        }
         DeviceCommand::Resize { name, size: bytes } => {
             let resize = format!("{}/resize", path(&name));
             let message = format!("device {name} has {} now", size(bytes));
@@ -44,6 +60,17 @@ pub(super) async fn run(context: &Context, command: DeviceCommand) -> Result<(),
         }
     };
     if context.json { output::print_json(&value) } else { output::print(&output::plain(&done)) }
+}
+
+fn withdrawal(name: &str, withdrawn: &Value) -> String {
+    let text = |field: &str| withdrawn.get(field).and_then(Value::as_str);
+    match (text("was_offered_to"), text("not_told")) {
+        (None, _) => format!("device {name} is not offered to any host"),
+        (Some(to), None) => format!("device {name} is not offered to {to} any more"),
+        (Some(to), Some(why)) => {
+            format!("device {name} is not offered to {to} any more; {to} could not be told: {why}")
+        }
+    }
 }
 
 /// Where the API has a device.
@@ -73,6 +100,10 @@ fn add_body(args: &DeviceAddArgs) -> Result<Value, Failure> {
 /// A device's state in few words: `remote, 41 % copied`.
 pub(super) fn state_text(device: &Device) -> String {
     let mut text = device.state.clone();
+    if let Some(to) = &device.offered_to {
+        let offered = if text == "offered" { String::new() } else { format!("{text}, ") };
+        text = format!("{offered}offered to {to}");
+    }
     if let Some(exchange) = &device.exchange {
         text += &format!(", {} % copied", percent(exchange.local_bytes, exchange.total_bytes));
     }
@@ -150,6 +181,27 @@ mod tests {
             body(line),
             json!({"name": "d", "path": here, "size_bytes": 1 << 30, "queues": 4, "block_bytes": 4096,
                 "read_only": true, "serial": "S", "vm": "web", "delay_us": 2000, "direct": false})
+        );
+    }
+
+    #[test]
+    fn state_tells_to_whom_a_device_is_offered() {
+        let state = |state: &str| {
+            let device = json!({"name": "data", "state": state, "offered_to": "host-b"});
+            state_text(&serde_json::from_value(device).unwrap())
+        };
+        assert_eq!(state("offered"), "offered to host-b");
+        assert_eq!(state("parked"), "parked, offered to host-b");
+    }
+
+    #[test]
+    fn withdrawal_tells_what_was_done() {
+        let withdrawn = |value: Value| withdrawal("data", &value);
+        assert_eq!(withdrawn(json!({"was_offered_to": null})), "device data is not offered to any host");
+        let text = withdrawn(json!({"was_offered_to": "host-b", "not_told": "no answer"}));
+        assert_eq!(
+            text,
+            "device data is not offered to host-b any more; host-b could not be told: no answer"
         );
     }
 

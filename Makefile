@@ -1,6 +1,6 @@
 # The project's commands. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup build guest demo test bench-evacuate man clean-guest
+.PHONY: help setup build guest demo test bench bench-evacuate man clean-guest
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -21,6 +21,11 @@ demo: guest ## two hosts, a real guest under I/O, live-migrated there and back; 
 test: setup ## run all tests (as root: all of them; otherwise what needs root is skipped, by name)
 	scripts/guest-image || echo "test: there is no Linux guest here: tests that need one are skipped, by name"
 	cargo test --workspace --locked
+
+bench: setup ## the data paths' speed against qemu-storage-daemon and qemu-nbd; report in target/bench; ARGS=--quick
+	scripts/fetch-qemu10 || echo "bench: the installed QEMU's programs are the peers"
+	cargo build --release --locked -p belay -p belay-bench
+	target/release/belay-bench $(ARGS)
 
 bench-evacuate: guest ## how long until a VM and its disk have left a host: against QEMU's mirror; ROUNDS=1
 	cargo build --release --locked -p belay -p belay-demo

@@ -1,5 +1,6 @@
 //! The two hosts: network namespaces as root, two loopback addresses otherwise; an agent on each.
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -188,6 +189,8 @@ impl Host {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
+            // Ctrl-C on a terminal reaches the whole group: the agents must live until they have ended the VM.
+            .process_group(0)
             .spawn()
             .context("cannot start an agent")?;
         self.agent = Some(child);
@@ -205,7 +208,9 @@ impl Host {
 
     /// Runs `belay` on this host and returns what it prints.
     pub(crate) fn local(&self, arguments: &[&str]) -> Result<String> {
-        let output = self.command().arg("--socket").arg(self.socket()).args(arguments).output()?;
+        let mut command = self.command();
+        command.arg("--socket").arg(self.socket()).args(arguments);
+        let output = command.output().with_context(|| format!("cannot run belay {}", arguments.join(" ")))?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
         ensure!(
             output.status.success(),

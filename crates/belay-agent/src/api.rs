@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use tokio_stream::wrappers::BroadcastStream;
 use utoipa::{OpenApi, ToSchema};
 
+use crate::adopt::AdoptedView;
 use crate::agent::Agent;
 use crate::error::AgentError;
 use crate::events::Event;
@@ -133,6 +134,7 @@ pub struct AdoptVm {
     name: String,
     #[schema(value_type = String)]
     qmp: PathBuf,
+    /// Devices that are recognised by their socket's file name; without any, by its path.
     #[serde(default)]
     devices: Vec<String>,
 }
@@ -422,11 +424,10 @@ async fn run_vm(State(agent): Shared, bytes: Bytes) -> Answer<Named> {
     Ok(Json(Named { name: vm.record.name.clone() }))
 }
 
-#[utoipa::path(post, path = "/v1/vms/adopt", request_body = AdoptVm, responses((status = 200, body = Named)))]
-async fn adopt_vm(State(agent): Shared, bytes: Bytes) -> Answer<Named> {
+#[utoipa::path(post, path = "/v1/vms/adopt", request_body = AdoptVm, responses((status = 200, body = AdoptedView)))]
+async fn adopt_vm(State(agent): Shared, bytes: Bytes) -> Answer<AdoptedView> {
     let request: AdoptVm = body(&bytes)?;
-    let vm = agent.adopt_vm(&request.name, &request.qmp, request.devices).await?;
-    Ok(Json(Named { name: vm.record.name.clone() }))
+    Ok(Json(agent.adopt_vm(&request.name, &request.qmp, request.devices).await?))
 }
 
 #[utoipa::path(delete, path = "/v1/vms/{name}", responses((status = 204)))]

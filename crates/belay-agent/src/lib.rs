@@ -1,5 +1,6 @@
 //! The agent: owns the devices of a host, carries out decisions, serves the API, keeps the ledger.
 
+pub mod adopt;
 pub mod agent;
 pub mod api;
 pub mod config;

@@ -15,6 +15,7 @@ use belay_wire::DeviceId;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::adopt::{VmCheck, VmChecked};
 use crate::agent::Agent;
 use crate::device::Managed;
 use crate::error::AgentError;
@@ -64,20 +65,21 @@ impl Agent {
         request: Request,
         dry_run: bool,
     ) -> Result<Arc<Operation>, AgentError> {
-        let vm = self.vms.get(&request.vm)?;
-        if let Some(running) = self.operations.all().into_iter().find(|operation| {
-            let view = operation.view();
-            view.vm == request.vm && view.state == "running"
-        }) {
+        let vm = match self.vms.get(&request.vm) {
+            Ok(vm) => vm,
+            // The same command again, after the VM has left: its disks may still be on their way.
+            Err(error) => {
+                return self.operations.last_done(&request.vm, &request.to).filter(|_| !dry_run).ok_or(error);
+            }
+        };
+        if let Some(running) = self.operations.running(&request.vm) {
             // The same command again: follow the one that runs.
             if running.view().to == request.to && !dry_run {
                 return Ok(running);
             }
-            return Err(AgentError::precheck(format!(
-                "VM {} is being migrated to {}",
-                request.vm,
-                running.view().to
-            )));
+            let message = format!("VM {} is being migrated to {}", request.vm, running.view().to);
+            return Err(AgentError::precheck(message)
+                .hint(format!("`belay operation {}` tells how it goes", running.view().id)));
         }
         if request.to == self.host() {
             return Err(AgentError::precheck(format!("VM {} is on host {} already", request.vm, request.to)));
@@ -85,7 +87,8 @@ impl Agent {
         self.client(&request.to)?;
         let devices =
             vm.record.devices.iter().map(|name| self.device(name)).collect::<Result<Vec<_>, _>>()?;
-        let operation = self.operations.begin(&request.vm, &request.to, request.mode.name());
+        let kind = if dry_run { "check" } else { "migrate" };
+        let operation = self.operations.begin(kind, &request.vm, &request.to, request.mode.name());
         let migration = Migration {
             agent: Arc::clone(self),
             operation: Arc::clone(&operation),
@@ -94,16 +97,9 @@ impl Agent {
             devices,
             began: Instant::now(),
         };
-        let checked = migration.precheck().await;
-        if dry_run || checked.is_err() {
-            operation.update(|view| {
-                view.abortable = false;
-                view.state = if checked.is_ok() { "done".to_owned() } else { "failed".to_owned() };
-                view.error = checked.err();
-            });
-            return Ok(operation);
-        }
-        tokio::spawn(migration.conduct());
+        // In a task of its own: it comes to an end also if the caller goes away meanwhile.
+        let checked = tokio::spawn(migration.check_then_conduct(dry_run)).await;
+        checked.map_err(|error| AgentError::failed(error.to_string()))?;
         Ok(operation)
     }
 }
@@ -131,20 +127,46 @@ impl Migration {
         outcome.map(drop)
     }
 
-    /// Everything that can be known before; nothing is changed.
+    /// Returns when the checks are over; the migration itself goes on in the background.
+    async fn check_then_conduct(self, dry_run: bool) {
+        let checked = match self.precheck().await {
+            Ok(()) => self.abort_point(),
+            refused => refused,
+        };
+        if !dry_run && checked.is_ok() {
+            tokio::spawn(self.conduct());
+            return;
+        }
+        self.operation.update(|view| {
+            view.abortable = false;
+            view.state = match &checked {
+                Ok(()) => "done".to_owned(),
+                Err(error) if error.code == "cancelled" => "cancelled".to_owned(),
+                Err(_) => "failed".to_owned(),
+            };
+            view.error = checked.err();
+        });
+    }
+
+    /// Everything that can be known before; nothing is changed. All is looked at, and the first refusal returned.
     async fn precheck(&self) -> Result<(), AgentError> {
         let hello: Result<HelloAnswer, AgentError> = self.call(10, "hello", &Done {}).await;
         let reached = hello.as_ref().map(|hello| format!("{} answers, belay {}", hello.host, hello.version));
         self.check("destination", reached.map_err(Clone::clone))?;
-        let hello = hello?;
-        let qmp = self.vm.qmp().await?;
-        let here = qmp.version().to_string();
-        let qemu = match hello.qemu {
-            Some(there) => Ok(format!("QEMU {here} here, {there} there")),
-            None => Err(AgentError::precheck(format!("host {} has no QEMU", self.request.to))),
-        };
-        self.check("qemu", qemu)?;
-        self.check("vm", self.vm.spec().map(|spec| format!("machine {}", spec.machine)))?;
+        let mut refusal = None;
+        let mut keep = |outcome: Result<(), AgentError>| refusal = refusal.take().or(outcome.err());
+        let spec = self.vm.spec();
+        keep(self.check(
+            "vm",
+            spec.as_ref().map(|spec| format!("machine {}", spec.machine)).map_err(Clone::clone),
+        ));
+        if spec.is_ok() {
+            for check in self.checked_there().await? {
+                let outcome =
+                    if check.ok { Ok(check.message) } else { Err(AgentError::precheck(check.message)) };
+                keep(self.check(&check.name, outcome));
+            }
+        }
         for device in &self.devices {
             let name = device.name();
             let offer = self.agent.offer_device(device, &self.request.to, self.request.mode, true).await;
@@ -153,9 +175,18 @@ impl Migration {
                 "failed" => AgentError { code: "precheck".to_owned(), ..error },
                 _ => error,
             });
-            self.check(&format!("device {name}"), fits)?;
+            keep(self.check(&format!("device {name}"), fits));
         }
-        Ok(())
+        refusal.map_or(Ok(()), Err)
+    }
+
+    /// What the destination says about the VM.
+    async fn checked_there(&self) -> Result<Vec<Check>, AgentError> {
+        let qemu = self.vm.qmp().await?.version().to_string();
+        let spec = self.vm.record.spec.clone().unwrap_or_default();
+        // Long enough for a trial of KVM there.
+        let checked: VmChecked = self.call(40, "check_vm", &VmCheck { spec, qemu }).await?;
+        Ok(checked.checks)
     }
 
     fn ids(&self) -> Vec<DeviceId> {

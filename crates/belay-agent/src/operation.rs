@@ -80,7 +80,7 @@ pub struct HandoverReport {
 pub struct OperationView {
     /// Its id.
     pub id: String,
-    /// `migrate`.
+    /// `migrate`, or `check`: a migration that was only checked.
     pub kind: String,
     /// The VM.
     pub vm: String,
@@ -157,11 +157,31 @@ pub struct Operations {
 }
 
 impl Operations {
-    pub(crate) fn begin(&self, vm: &str, to: &str, mode: &str) -> Arc<Operation> {
+    /// The migration of a VM that is under way. Mere checks do not count.
+    pub(crate) fn running(&self, vm: &str) -> Option<Arc<Operation>> {
+        self.find(|view| view.vm == vm && view.state == "running")
+    }
+
+    /// The last migration of a VM to a host, if it was done.
+    pub(crate) fn last_done(&self, vm: &str, to: &str) -> Option<Arc<Operation>> {
+        let last = self.find(|view| view.vm == vm)?;
+        let view = last.view();
+        (view.to == to && view.state == "done").then_some(last)
+    }
+
+    fn find(&self, wanted: impl Fn(&OperationView) -> bool) -> Option<Arc<Operation>> {
+        let all = self.all();
+        all.into_iter().rev().find(|operation| {
+            let view = operation.view();
+            view.kind == "migrate" && wanted(&view)
+        })
+    }
+
+    pub(crate) fn begin(&self, kind: &str, vm: &str, to: &str, mode: &str) -> Arc<Operation> {
         let number = self.next.fetch_add(1, Ordering::SeqCst) + 1;
         let view = OperationView {
             id: number.to_string(),
-            kind: "migrate".to_owned(),
+            kind: kind.to_owned(),
             vm: vm.to_owned(),
             to: to.to_owned(),
             mode: mode.to_owned(),

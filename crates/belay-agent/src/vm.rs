@@ -53,8 +53,23 @@ pub struct VmView {
 }
 
 impl Vm {
-    fn process(&self) -> Option<ProcessId> {
+    pub(crate) fn process(&self) -> Option<ProcessId> {
         self.record.process.clone().and_then(|process| serde_json::from_value(process).ok())
+    }
+
+    /// As callers see it.
+    pub async fn view(&self) -> VmView {
+        let state = match self.qmp().await {
+            Ok(qmp) => qmp.query_status().await.map_or_else(|_| "gone".to_owned(), |state| state.status),
+            Err(_) => "gone".to_owned(),
+        };
+        VmView {
+            name: self.record.name.clone(),
+            state,
+            pid: self.process().map(|process| process.pid),
+            qmp: self.record.qmp.display().to_string(),
+            devices: self.record.devices.clone(),
+        }
     }
 
     /// Its specification.
@@ -64,10 +79,10 @@ impl Vm {
     pub fn spec(&self) -> Result<VmSpec, AgentError> {
         let spec = self.record.spec.clone().ok_or_else(|| {
             AgentError::precheck(format!(
-                "VM {} was adopted: how to start it at another host is not known",
+                "VM {} was adopted by an older Belay: how to start it at another host is not known",
                 self.record.name
             ))
-            .hint("start it with `belay vm run SPEC.toml`")
+            .hint("adopt it again with `belay vm adopt`")
         })?;
         serde_json::from_value(spec).map_err(|error| AgentError::failed(error.to_string()))
     }
@@ -102,13 +117,13 @@ impl Vms {
         })
     }
 
-    fn all(&self) -> Vec<Arc<Vm>> {
+    pub(crate) fn all(&self) -> Vec<Arc<Vm>> {
         self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).values().cloned().collect()
     }
 
-    fn insert(&self, record: VmRecord, incoming: bool) -> Arc<Vm> {
+    pub(crate) fn insert(&self, record: VmRecord, incoming: bool, qmp: Option<Qmp>) -> Arc<Vm> {
         let name = record.name.clone();
-        let vm = Arc::new(Vm { record, qmp: tokio::sync::Mutex::default(), incoming: incoming.into() });
+        let vm = Arc::new(Vm { record, qmp: tokio::sync::Mutex::new(qmp), incoming: incoming.into() });
         self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(name, Arc::clone(&vm));
         vm
     }
@@ -135,7 +150,7 @@ impl Agent {
                 .and_then(|p| serde_json::from_value::<ProcessId>(p).ok())
                 .is_none_or(ProcessId::is_alive);
             if alive {
-                self.vms.insert(record, false);
+                self.vms.insert(record, false, None);
             } else {
                 self.events.note("vm", None, Some(&record.name), "ended while the agent was away");
                 self.ledger.remove_vm(&record.name)?;
@@ -148,17 +163,7 @@ impl Agent {
     pub async fn vm_views(&self) -> Vec<VmView> {
         let mut views = Vec::new();
         for vm in self.vms.all() {
-            let state = match vm.qmp().await {
-                Ok(qmp) => qmp.query_status().await.map_or_else(|_| "gone".to_owned(), |state| state.status),
-                Err(_) => "gone".to_owned(),
-            };
-            views.push(VmView {
-                name: vm.record.name.clone(),
-                state,
-                pid: vm.process().map(|process| process.pid),
-                qmp: vm.record.qmp.display().to_string(),
-                devices: vm.record.devices.clone(),
-            });
+            views.push(vm.view().await);
         }
         views
     }
@@ -186,7 +191,7 @@ impl Agent {
 
     /// The accelerator for a VM here. Whether KVM works is tried once for each QEMU and kernel: the trial takes
     /// seconds, in which a migration would wait.
-    async fn choose_accel(
+    pub(crate) async fn choose_accel(
         &self,
         qemu: &Qemu,
         choice: AccelChoice,
@@ -234,8 +239,13 @@ impl Agent {
         // The same specification on two hosts, but sockets and logs of their own.
         let mut here = spec.clone();
         let runtime_dir = self.config.runtime_dir.display().to_string();
-        for argument in &mut here.args {
+        let adopted = here.adopted.iter_mut().flat_map(|adopted| &mut adopted.arguments);
+        for argument in here.args.iter_mut().chain(adopted) {
             *argument = argument.replace("{runtime_dir}", &runtime_dir);
+        }
+        if here.adopted.is_some() {
+            let folder = self.config.runtime_dir.join(belay_vmm::adopt::files_folder(&name));
+            std::fs::create_dir_all(folder).map_err(failed)?;
         }
         let command = QemuCommand {
             spec: &here,
@@ -258,7 +268,7 @@ impl Agent {
             devices: spec.disks.iter().map(|disk| disk.device.clone()).collect(),
         };
         self.ledger.put_vm(&record)?;
-        let vm = self.vms.insert(record, incoming);
+        let vm = self.vms.insert(record, incoming, None);
         let connected = tokio::select! {
             connected = Qmp::connect(&qmp_socket, QMP_WITHIN) => connected.map_err(failed),
             _ = process.exited() => Err(failed("QEMU ended at once")),
@@ -282,36 +292,6 @@ impl Agent {
             ),
         );
         Ok(vm)
-    }
-
-    /// Takes a VM that runs already with this agent's sockets.
-    ///
-    /// # Errors
-    /// There is no QMP at this socket, or a device is not here.
-    pub async fn adopt_vm(
-        &self,
-        name: &str,
-        qmp: &Path,
-        devices: Vec<String>,
-    ) -> Result<Arc<Vm>, AgentError> {
-        if self.vms.get(name).is_ok() {
-            return Err(AgentError::usage(format!("there is a VM {name} already")));
-        }
-        for device in &devices {
-            self.device(device)?;
-        }
-        Qmp::connect(qmp, Duration::from_secs(5)).await.map_err(failed)?;
-        let record = VmRecord {
-            schema: SCHEMA,
-            name: name.to_owned(),
-            spec: None,
-            qmp: qmp.to_owned(),
-            process: None,
-            devices,
-        };
-        self.ledger.put_vm(&record)?;
-        self.events.note("vm", None, Some(name), "adopted");
-        Ok(self.vms.insert(record, false))
     }
 
     pub(crate) fn forget_vm(&self, name: &str) {

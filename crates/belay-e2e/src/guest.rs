@@ -60,6 +60,22 @@ impl Host {
     /// # Errors
     /// As [`Host::run_boot_guest`].
     pub fn run_boot_guest_with(&self, vm: &str, delay: &str, lines: &str) -> Result<BootGuest> {
+        let guest = self.add_boot_disk(vm, delay)?;
+        let specification = format!(
+            "name = {vm:?}\nmemory_mib = 32\n{lines}\ndisks = [{{ device = {:?}, boot_index = 0 }}]\n\
+             args = [\"-serial\", \"file:{{runtime_dir}}/{vm}.serial\", {}]\n",
+            guest.disk,
+            test_arguments(vm)
+        );
+        self.run_vm(vm, &specification)?;
+        Ok(guest)
+    }
+
+    /// Makes the disk of such a guest only.
+    ///
+    /// # Errors
+    /// Something of that does not work.
+    pub fn add_boot_disk(&self, vm: &str, delay: &str) -> Result<BootGuest> {
         let disk = format!("{vm}-disk");
         let path = self.images.join(format!("{disk}-original.img"));
         let file = std::fs::File::create(&path)?;
@@ -68,12 +84,6 @@ impl Host {
         let content: Vec<u8> = (0..BOOT_DISK_CONTENT).map(|at| (at / 4096 + at) as u8).collect();
         file.write_all_at(&content, BOOT_DISK_BYTES - content.len() as u64)?;
         self.belay(&["device", "add", &disk, "--path", &path.display().to_string(), "--delay", delay])?;
-        let specification = format!(
-            "name = {vm:?}\nmemory_mib = 32\n{lines}\ndisks = [{{ device = {disk:?}, boot_index = 0 }}]\n\
-             args = [\"-serial\", \"file:{{runtime_dir}}/{vm}.serial\", {}]\n",
-            test_arguments(vm)
-        );
-        self.run_vm(vm, &specification)?;
         Ok(BootGuest { vm: vm.to_owned(), disk })
     }
 }

@@ -4,6 +4,7 @@
 //! addresses and queue counts. All of these come from the specification alone; what differs between hosts (paths,
 //! user, accelerator, `-incoming`) is not part of the migrated state.
 
+use crate::adopt::Adopted;
 use crate::detect::{Accel, QemuVersion};
 use crate::spec::{SpecError, VmSpec};
 use std::path::{Path, PathBuf};
@@ -73,6 +74,9 @@ impl QemuCommand<'_> {
         if matches!(spec.machine.as_str(), "q35" | "pc" | "microvm") {
             return Err(CommandError::MachineNotResolved(spec.machine.clone()));
         }
+        if let Some(adopted) = &spec.adopted {
+            return self.adopted_arguments(adopted);
+        }
         let mut args: Vec<String> = Vec::new();
         let mut push = |name: &str, value: String| args.extend([name.to_owned(), value]);
         push("-name", format!("guest={0},process=belay-{0}", spec.name));
@@ -95,6 +99,13 @@ impl QemuCommand<'_> {
         if let Some(append) = &spec.append {
             push("-append", append.clone());
         }
+        self.user_and_incoming(&mut args);
+        args.extend(spec.args.iter().cloned());
+        Ok(args)
+    }
+
+    fn user_and_incoming(&self, args: &mut Vec<String>) {
+        let mut push = |name: &str, value: String| args.extend([name.to_owned(), value]);
         if let Some(user) = self.user {
             if (self.version.major, self.version.minor) >= (9, 1) {
                 push("-run-with", format!("user={}", escaped(user)));
@@ -105,29 +116,50 @@ impl QemuCommand<'_> {
         if self.incoming {
             push("-incoming", "defer".into());
         }
-        args.extend(spec.args.iter().cloned());
+    }
+
+    /// The arguments of an adopted VM, with this host's sockets.
+    fn adopted_arguments(&self, adopted: &Adopted) -> Result<Vec<String>, CommandError> {
+        let mut args = Vec::new();
+        for argument in &adopted.arguments {
+            let mut argument = argument.clone();
+            for disk in &self.spec.disks {
+                let placeholder = format!("{{socket:{}}}", disk.device);
+                if argument.contains(&placeholder) {
+                    argument = argument.replace(&placeholder, &self.socket_options(&disk.device)?);
+                }
+            }
+            args.push(argument);
+        }
+        args.extend(["-qmp".into(), format!("unix:{},server=on,wait=off", option_path(self.qmp_socket)?)]);
+        self.user_and_incoming(&mut args);
         Ok(args)
+    }
+
+    /// A chardev's options to reach a device's socket, and to reach it again.
+    fn socket_options(&self, name: &str) -> Result<String, CommandError> {
+        let plug = self
+            .disks
+            .iter()
+            .find(|plug| plug.device == name)
+            .ok_or_else(|| CommandError::NoSocket { vm: self.spec.name.clone(), device: name.to_owned() })?;
+        // Reconnecting keeps the disk alive when the agent restarts: QEMU then hands back the in-flight region.
+        // It also lets QEMU start before its backend; it then waits. But QEMU 7.2 does not greet a new backend
+        // if the old one went away while the guest was paused (seen with 7.2.22; 10.0 does): the guest must run, or be
+        // reset, for an agent to come back to it.
+        let reconnect = if (self.version.major, self.version.minor) >= (9, 2) {
+            format!("reconnect-ms={RECONNECT_MS}")
+        } else {
+            "reconnect=1".to_owned()
+        };
+        Ok(format!("path={},{reconnect}", option_path(&plug.socket)?))
     }
 
     fn disk_arguments(&self, push: &mut impl FnMut(&str, String)) -> Result<(), CommandError> {
         let spec = self.spec;
         for (disk, addr) in spec.disks.iter().zip(spec.disk_addresses()?) {
             let name = &disk.device;
-            let plug = self
-                .disks
-                .iter()
-                .find(|plug| plug.device == *name)
-                .ok_or_else(|| CommandError::NoSocket { vm: spec.name.clone(), device: name.clone() })?;
-            // Reconnecting keeps the disk alive when the agent restarts: QEMU then hands back the in-flight region.
-            // It also lets QEMU start before its backend; it then waits. But QEMU 7.2 does not greet a new backend
-            // if the old one went away while the guest was paused (seen with 7.2.22; 10.0 does): the guest must run, or be
-            // reset, for an agent to come back to it.
-            let reconnect = if (self.version.major, self.version.minor) >= (9, 2) {
-                format!("reconnect-ms={RECONNECT_MS}")
-            } else {
-                "reconnect=1".to_owned()
-            };
-            push("-chardev", format!("socket,id=chr-{name},path={},{reconnect}", option_path(&plug.socket)?));
+            push("-chardev", format!("socket,id=chr-{name},{}", self.socket_options(name)?));
             let boot = disk.boot_index.map_or_else(String::new, |index| format!(",bootindex={index}"));
             let queues = spec.queues_of(disk);
             push(

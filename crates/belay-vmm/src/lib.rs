@@ -9,9 +9,11 @@
 //! | [`migrate`] | typed commands of a migration, and [`migrate::Tracker`], which turns events into phases (no I/O) |
 //! | [`spec`] | the VM's specification, a TOML file |
 //! | [`command`] | specification + sockets → QEMU's arguments (no I/O) |
+//! | [`adopt`] | a QEMU that runs already → how to start it at another host (no I/O) |
 //! | [`process`] | QEMU as a process that outlives the agent |
 //! | [`detect`] | which QEMU is here, what it can do, and whether KVM works |
 
+pub mod adopt;
 pub mod command;
 pub mod detect;
 pub mod migrate;

@@ -70,6 +70,10 @@ pub struct VmSpec {
     /// Its command line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub append: Option<String>,
+    /// How an adopted VM is started, in place of everything above but name, accelerator and devices. Not a key of the
+    /// file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adopted: Option<crate::adopt::Adopted>,
 }
 
 fn default_memory_mib() -> u64 {
@@ -276,7 +280,8 @@ impl VmSpec {
                 format!("a disk has 1 to {MAX_QUEUES} queues")
             })?;
         }
-        self.disk_addresses().map(drop)
+        // An adopted VM's disks are where its own arguments say.
+        if self.adopted.is_some() { Ok(()) } else { self.disk_addresses().map(drop) }
     }
 
     /// Each disk's place on the PCI bus, in the order of [`disks`](Self::disks). The same on every host.

@@ -266,15 +266,19 @@ pub(crate) enum VmCommand {
     },
     /// Take over a machine that runs already and uses the agent's devices
     #[command(after_help = "\
-Example:
-  belay vm adopt web --qmp /run/web.qmp --device root --device data")]
+Examples:
+  belay vm adopt web --qmp /run/web.qmp
+  belay vm adopt web --qmp /run/web.qmp --device root --device data
+
+QEMU must have been started with Belay's sockets (`-chardev socket,path=…` of `belay device show`), shared memory, and
+a QMP socket that nobody else uses from now on. Its own command line says how it is started at another host.")]
     Adopt {
         /// What to call it
         name: String,
         /// QEMU's QMP socket
         #[arg(long, value_name = "SOCKET")]
         qmp: PathBuf,
-        /// A device that it uses; give it once for each
+        /// A device that it uses, if QEMU sees its socket at another path; recognised by the file's name
         #[arg(long = "device", value_name = "DEVICE")]
         devices: Vec<String>,
     },
@@ -348,7 +352,7 @@ pub(crate) enum HostCommand {
     /// Join a cluster with a token
     #[command(after_help = "\
 Example:
-  belay host join belay1.TOKEN --name host-b --address 192.0.2.11:7411
+  belay host join belay1.TOKEN --name host-b --address 192.0.2.11:7420
 
 The token comes from `belay host invite` on the first host, whose agent must be running.")]
     Join {
@@ -366,8 +370,8 @@ The token comes from `belay host invite` on the first host, whose agent must be 
     /// Print a token with which one other host can join
     #[command(after_help = "\
 Examples:
-  belay host invite --address 192.0.2.10:7411
-  belay host invite --address 192.0.2.10:7411 --expires 15m")]
+  belay host invite --address 192.0.2.10:7420
+  belay host invite --address 192.0.2.10:7420 --expires 15m")]
     Invite {
         /// Where this host's agent is reached by the others; may be given more than once
         #[arg(long = "address", value_name = "HOST:PORT", required = true)]

@@ -93,6 +93,8 @@ pub(crate) struct Vm {
     pub(crate) pid: Option<u64>,
     #[serde(default)]
     pub(crate) qmp: Option<String>,
+    #[serde(default)]
+    pub(crate) devices: Vec<String>,
 }
 
 /// Another host.

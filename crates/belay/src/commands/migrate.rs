@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::Context;
 use crate::args::MigrateArgs;
@@ -24,7 +24,15 @@ pub(super) async fn run(context: &Context, args: MigrateArgs) -> Result<(), Fail
     if let Some(bandwidth) = args.bandwidth {
         body["bandwidth"] = bandwidth.into();
     }
-    let value = context.client.post(&format!("/v1/vms/{}/migrate", segment(&args.vm)), &body).await?;
+    // Kept for all of the time: a Ctrl-C while a question is under way counts, too.
+    let mut interrupts = signal(SignalKind::interrupt())?;
+    let at = format!("/v1/vms/{}/migrate", segment(&args.vm));
+    let mut asked = std::pin::pin!(context.client.post(&at, &body));
+    let (value, interrupted) = tokio::select! {
+        value = &mut asked => (value?, false),
+        // While it is checked there is no operation yet that could be taken back: that comes right after.
+        _ = interrupts.recv() => (asked.await?, true),
+    };
     let operation: Operation = understood(value.clone())?;
     if args.dry_run {
         return dry_run(context, &value, &operation);
@@ -33,7 +41,10 @@ pub(super) async fn run(context: &Context, args: MigrateArgs) -> Result<(), Fail
         let text = format!("migration started; `belay operation {}` tells how it goes", operation.id);
         return tell(context, &value, &text);
     }
-    follow(context, value).await
+    if interrupted && operation.state == OperationState::Running {
+        return abort(context, &operation.id).await;
+    }
+    follow(context, value, interrupts).await
 }
 
 /// `belay operation`.
@@ -69,9 +80,7 @@ fn dry_run(context: &Context, value: &Value, operation: &Operation) -> Result<()
 }
 
 /// Follows an operation to its end; Ctrl-C takes it back if that is still possible.
-async fn follow(context: &Context, first: Value) -> Result<(), Failure> {
-    // Kept for all of the time: a Ctrl-C while a question is under way counts too.
-    let mut interrupts = signal(SignalKind::interrupt())?;
+async fn follow(context: &Context, first: Value, mut interrupts: Signal) -> Result<(), Failure> {
     let mut value = first;
     let mut progress = Progress::new(context.json);
     let mut silent = 0;

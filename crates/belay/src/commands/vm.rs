@@ -23,7 +23,15 @@ pub(super) async fn run(context: &Context, command: VmCommand) -> Result<(), Fai
         }
         VmCommand::Adopt { name, qmp, devices } => {
             let body = json!({"name": name, "qmp": absolute(&qmp)?, "devices": devices});
-            (client.post("/v1/vms/adopt", &body).await?, format!("vm {name} adopted"))
+            let adopted = client.post("/v1/vms/adopt", &body).await?;
+            let vm: Vm = understood(adopted.clone())?;
+            let message = format!("vm {name} adopted, with {}; it can be migrated", vm.devices.join(", "));
+            for warning in adopted["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+                if !context.json {
+                    eprintln!("warning: {}", output::plain(warning));
+                }
+            }
+            (adopted, message)
         }
         VmCommand::List => {
             let value = client.get("/v1/vms").await?;

@@ -3,6 +3,7 @@
 //! Needs QEMU (`BELAY_QEMU`, else the installed one), some tests the guest of `scripts/guest-image`; what is missing
 //! is told, and its tests are skipped.
 
+mod adopt;
 mod agents;
 mod boot;
 mod linux;

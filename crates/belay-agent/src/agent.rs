@@ -304,6 +304,9 @@ impl Agent {
         };
         match outcome {
             Ok(()) => {
+                // The destination's word may come after the report is made.
+                device.figures.lock().unwrap_or_else(std::sync::PoisonError::into_inner).requests_in_flight =
+                    in_flight;
                 device.send(Command::GrantDurable { epoch });
                 let message = format!("{by} claimed it with {in_flight} requests in flight");
                 self.events.note("handover", Some(&device.name()), None, message);

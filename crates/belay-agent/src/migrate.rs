@@ -297,7 +297,8 @@ impl Migration {
         for device in &self.devices {
             let state = self.first_completion(device).await;
             let Some(state) = state else { continue };
-            report.requests_in_flight += state.figures.requests_in_flight;
+            let here = *device.figures.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            report.requests_in_flight += here.requests_in_flight;
             report.grant_ms = report.grant_ms.max(state.figures.grant_ms);
             let (last, first) = (device.snapshot().last_completion_ns, state.view.first_completion_ns);
             if last > 0 && first > last {

@@ -159,7 +159,12 @@ impl Agent {
                 None,
                 format!("back after a restart, epoch {}", record.epoch),
             );
-            self.start_device(record).await?;
+            let name = record.identity.name.clone();
+            if let Err(error) = self.start_device(record).await {
+                // The others shall have their disks all the same.
+                self.events.note("device", Some(&name), None, format!("did not start: {error}"));
+                tracing::error!(device = %name, %error, "a device did not start");
+            }
         }
         Ok(())
     }
@@ -213,15 +218,35 @@ impl Agent {
                 self.continue_exchange(&device, &backing, &backend).await?;
             }
             RoleRecord::Cutting { backing, backend } => {
+                // No VMM may connect before it is known who has the device.
                 self.finish_interrupted_cut(&device, backing, backend);
+                return Ok(device);
             }
+            RoleRecord::Remote { follow: true, .. } => self.follow_guest(&device),
             _ => {}
         }
-        let socket = self.config.device_socket(&name);
+        self.let_vmm_connect(&device)?;
+        Ok(device)
+    }
+
+    /// Lets a VMM connect to a device.
+    pub(crate) fn let_vmm_connect(&self, device: &Managed) -> Result<(), AgentError> {
+        let socket = self.config.device_socket(&device.name());
         let listener =
             listen(&socket).map_err(|error| AgentError::failed(format!("{}: {error}", socket.display())))?;
         device.send(Command::Listen(listener));
-        Ok(device)
+        Ok(())
+    }
+
+    /// Brings a device's backing here, in the background.
+    fn follow_guest(self: &Arc<Self>, device: &Arc<Managed>) {
+        let (agent, device) = (Arc::clone(self), Arc::clone(device));
+        tokio::spawn(async move {
+            if let Err(error) = agent.begin_exchange(&device, None, None).await {
+                let message = format!("did not begin: {error}");
+                agent.events.note("exchange", Some(&device.name()), None, message);
+            }
+        });
     }
 
     /// Handles a thread's notices for as long as it lives.
@@ -265,6 +290,13 @@ impl Agent {
                     HandoverFigures { requests_in_flight: *in_flight, grant_ms: *grant_ms };
                 self.attached(device, *epoch).await;
             }
+            Notice::Returning { from, epoch } => self.take_return(device, from, *epoch).await,
+            Notice::Returned { epoch, in_flight, grant_ms } => {
+                note("handover", format!("came home, epoch {epoch}, {in_flight} requests in flight"));
+                *device.figures.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
+                    HandoverFigures { requests_in_flight: *in_flight, grant_ms: *grant_ms };
+            }
+            Notice::Taken { epoch } => self.gone_home(device, *epoch).await,
             Notice::HandoverFailed { reason } => note("handover", format!("failed: {reason}")),
             Notice::ReadyToCut => {
                 note("exchange", "everything is here: cutting over".to_owned());
@@ -285,9 +317,14 @@ impl Agent {
                 note("link", format!("lost {peer}: {}", reason.as_deref().unwrap_or("no reason given")));
             }
             Notice::PeerRefused { peer, reason, .. } => note("link", format!("{peer} refused: {reason}")),
-            Notice::Vmm { connected: true, .. } => note("device", "a VMM connected".to_owned()),
+            Notice::Vmm { connected: true, .. } => {
+                device.set_vmm_connected(true);
+                note("device", "a VMM connected".to_owned());
+            }
             Notice::Vmm { connected: false, reason } => {
                 note("device", format!("the VMM's connection ended: {}", reason.as_deref().unwrap_or("")));
+                device.set_vmm_connected(false);
+                self.forget_if_gone(device);
             }
             Notice::Stopped(Some(reason)) => note("device", format!("its thread failed: {reason}")),
             _ => {}
@@ -329,17 +366,7 @@ impl Agent {
             self.events.note("handover", Some(&device.name()), None, error.message);
         }
         if mode == Mode::Follow {
-            let (agent, device) = (Arc::clone(self), Arc::clone(device));
-            tokio::spawn(async move {
-                if let Err(error) = agent.begin_exchange(&device, None, None).await {
-                    agent.events.note(
-                        "exchange",
-                        Some(&device.name()),
-                        None,
-                        format!("did not begin: {error}"),
-                    );
-                }
-            });
+            self.follow_guest(device);
         }
     }
 

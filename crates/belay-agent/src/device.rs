@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use belay_attach::{Command, DeviceHandle, Notice, Snapshot};
@@ -38,6 +39,10 @@ pub struct Managed {
     pub(crate) moving: tokio::sync::Mutex<()>,
     /// Held from reading the record until its successor is in the ledger.
     pub(crate) writing: tokio::sync::Mutex<()>,
+    /// Whether a VMM is connected, by what the thread has said.
+    vmm: AtomicBool,
+    /// Held while an exchange is committed: a call that is repeated waits for the first one's outcome.
+    pub(crate) committing: tokio::sync::Mutex<()>,
 }
 
 impl Managed {
@@ -53,6 +58,8 @@ impl Managed {
             beginning: tokio::sync::Mutex::default(),
             moving: tokio::sync::Mutex::default(),
             writing: tokio::sync::Mutex::default(),
+            vmm: AtomicBool::new(false),
+            committing: tokio::sync::Mutex::default(),
         }
     }
 
@@ -88,6 +95,15 @@ impl Managed {
     #[must_use]
     pub fn role(&self) -> RoleRecord {
         self.record().role
+    }
+
+    /// Whether a VMM is connected.
+    pub(crate) fn vmm_connected(&self) -> bool {
+        self.vmm.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn set_vmm_connected(&self, connected: bool) {
+        self.vmm.store(connected, Ordering::SeqCst);
     }
 
     /// Its thread's view.

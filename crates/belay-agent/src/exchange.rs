@@ -183,8 +183,13 @@ impl Agent {
                         format!("{backing} had not committed: {reason}"),
                     );
                     let role = RoleRecord::Exchanging { backing: backing.clone(), backend: backend.clone() };
-                    if agent.record(&device, device.epoch(), role).await.is_ok() {
-                        let _ = agent.continue_exchange(&device, &backing, &backend).await;
+                    let goes_on = async {
+                        agent.record(&device, device.epoch(), role).await?;
+                        agent.continue_exchange(&device, &backing, &backend).await?;
+                        agent.let_vmm_connect(&device)
+                    };
+                    if let Err(error) = goes_on.await {
+                        agent.events.note("exchange", Some(&device.name()), None, error.message);
                     }
                 }
             }
@@ -200,6 +205,11 @@ impl Agent {
                 _ => Err(AgentError::fenced("there is no such device here")),
             };
         };
+        let _committing = device.committing.lock().await;
+        if matches!(device.role(), RoleRecord::Tombstone { moved_to, .. } if moved_to == peer) {
+            // Asked again while the first call was at work.
+            return Ok(Done {});
+        }
         let RoleRecord::Lent { backend, to } = device.role() else {
             return Err(AgentError::fenced(format!("device {} is not lent", device.name())));
         };

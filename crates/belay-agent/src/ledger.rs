@@ -95,6 +95,12 @@ pub enum RoleRecord {
 }
 
 impl RoleRecord {
+    /// Whether the guest is here, and may be offered to another host.
+    #[must_use]
+    pub fn is_guest_here(&self) -> bool {
+        matches!(self, Self::Local { .. } | Self::Remote { .. } | Self::Exchanging { .. })
+    }
+
     /// The file that this host serves, or fills, for the device.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
@@ -127,8 +133,12 @@ pub fn allowed(from: &RoleRecord, to: &RoleRecord) -> bool {
         (Local { .. }, Lent { .. })
         | (Lent { .. }, Tombstone { .. })
         | (Tombstone { .. }, Prepared { .. })
+        // The guest has gone home to its backing.
+        | (Remote { .. } | Exchanging { .. }, Tombstone { .. })
         | (Prepared { .. }, Remote { .. } | Tombstone { .. })
         | (Cutting { .. }, Local { .. }) => true,
+        // The guest has come home.
+        (Lent { backend, .. }, Local { backend: kept }) => backend == kept,
         (Remote { backing, .. }, Remote { backing: after, .. } | Exchanging { backing: after, .. })
         | (Exchanging { backing, .. }, Remote { backing: after, .. }) => backing == after,
         (Exchanging { backing, backend }, Cutting { backing: after, backend: kept })
@@ -395,8 +405,23 @@ mod tests {
                 }
             }
         }
-        let wanted =
-            [(0, 1), (1, 6), (2, 3), (2, 6), (3, 3), (3, 4), (4, 3), (4, 5), (5, 0), (5, 4), (5, 5), (6, 2)];
+        let wanted = [
+            (0, 1),
+            (1, 0),
+            (1, 6),
+            (2, 3),
+            (2, 6),
+            (3, 3),
+            (3, 4),
+            (3, 6),
+            (4, 3),
+            (4, 5),
+            (4, 6),
+            (5, 0),
+            (5, 4),
+            (5, 5),
+            (6, 2),
+        ];
         assert_eq!(found, wanted);
         assert!(!allowed(&remote(&host), &remote(&other)));
     }

@@ -8,6 +8,7 @@ pub mod device;
 pub mod error;
 pub mod events;
 mod exchange;
+mod home;
 pub mod ledger;
 pub mod metrics;
 pub mod migrate;

@@ -137,6 +137,9 @@ impl Agent {
         let record = device.record();
         match record.role {
             RoleRecord::Local { .. } => {}
+            // Its guest goes home.
+            RoleRecord::Remote { backing, .. } | RoleRecord::Exchanging { backing, .. }
+                if backing == offer.to => {}
             RoleRecord::Lent { to, .. } | RoleRecord::Tombstone { moved_to: to, .. } => {
                 return Err(AgentError::fenced(format!("device {name} belongs to {to} already"))
                     .hint(format!("offer it there: its guest is at {to}")));
@@ -167,19 +170,16 @@ impl Agent {
     }
 
     fn preparation(&self, device: &Managed, mode: Mode) -> Result<Prepare, AgentError> {
-        let RoleRecord::Local { backend } = device.role() else {
-            return Err(AgentError::precheck(format!("device {} is not local", device.name())));
+        let (needed_bytes, delay_us, direct, mode) = match device.role() {
+            RoleRecord::Local { backend } => {
+                (self.info_of(device)?.allocated_bytes, backend.delay_us, backend.direct, mode)
+            }
+            // Its guest goes home, where its backing is: nothing follows it.
+            RoleRecord::Remote { .. } | RoleRecord::Exchanging { .. } => (0, None, false, Mode::Stay),
+            _ => return Err(AgentError::precheck(format!("device {} is not local", device.name()))),
         };
-        Ok(Prepare {
-            identity: device.identity(),
-            epoch: device.epoch(),
-            mode,
-            needed_bytes: self.info_of(device)?.allocated_bytes,
-            delay_us: backend.delay_us,
-            direct: backend.direct,
-            again: false,
-            dry_run: false,
-        })
+        let (identity, epoch) = (device.identity(), device.epoch());
+        Ok(Prepare { identity, epoch, mode, needed_bytes, delay_us, direct, again: false, dry_run: false })
     }
 
     async fn prepare_there(
@@ -195,7 +195,14 @@ impl Agent {
         let deadline = Instant::now() + READY_WITHIN;
         loop {
             let kept = there.kept && device.snapshot().successor_ready;
-            let heard = device.wait_for(mark, &["SuccessorReady"], Duration::from_millis(100)).await;
+            let words = &["SuccessorReady", "HandoverFailed"];
+            let heard = device.wait_for(mark, words, Duration::from_millis(100)).await;
+            if let Ok(reason) = heard.as_ref()
+                && reason.starts_with("HandoverFailed")
+            {
+                let name = device.name();
+                return Err(AgentError::precheck(format!("device {name} cannot move now: {reason}")));
+            }
             if kept || heard.is_ok() {
                 return Ok(there);
             }
@@ -213,7 +220,7 @@ impl Agent {
         let _moving = device.moving.lock().await;
         let name = device.name();
         match device.role() {
-            RoleRecord::Local { .. } => {}
+            RoleRecord::Local { .. } | RoleRecord::Remote { .. } | RoleRecord::Exchanging { .. } => {}
             RoleRecord::Lent { to, .. } | RoleRecord::Tombstone { moved_to: to, .. } => {
                 return Err(AgentError::fenced(format!(
                     "too late: device {name} belongs to {to}, its guest is there"
@@ -258,7 +265,9 @@ impl Agent {
     async fn record_offer(&self, device: &Managed, offered: Option<OfferRecord>) -> Result<(), AgentError> {
         let _writing = device.writing.lock().await;
         let record = device.record();
-        if !matches!(record.role, RoleRecord::Local { .. }) {
+        // An offer is of a device whose guest is here, and ends with the change of its role.
+        let here = record.role.is_guest_here();
+        if !here {
             return Ok(());
         }
         let record = DeviceRecord { offered, ..record };

@@ -242,7 +242,19 @@ impl Agent {
         let name = request.identity.name.clone();
         let _preparing = self.preparing.lock().await;
         let answer = |kept| Prepared { socket: self.config.device_socket(&name).display().to_string(), kept };
+        if let Ok(present) = self.device(&name)
+            && matches!(present.role(), RoleRecord::Tombstone { .. })
+        {
+            // It has left; its VMM's connection has not ended yet.
+            self.stop_device(&present).await;
+        }
         if let Ok(present) = self.device(&name) {
+            if present.identity().id == request.identity.id
+                && matches!(present.role(), RoleRecord::Lent { .. })
+            {
+                self.expect_home(&present, peer, &request)?;
+                return Ok(answer(true));
+            }
             let prepared = present.identity().id == request.identity.id
                 && matches!(present.role(), RoleRecord::Prepared { from, .. } if from == peer);
             if !prepared {

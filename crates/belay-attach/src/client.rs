@@ -4,6 +4,7 @@
 //! same transaction ids; the backing knows which of them it has done. Nothing fails because a link is down: it waits.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use belay_block::{Buf, OpKind, Status};
 use belay_handover::exchange::StepId;
@@ -18,6 +19,10 @@ use crate::serve::status_of;
 
 /// Completions after which the backing is told what it may forget.
 const ACK_EVERY: u32 = 64;
+/// How soon a host that was not ready is asked again.
+const NOT_READY_RETRY: Duration = Duration::from_millis(50);
+/// How soon a host that refused the attachment is asked again: it may be starting, or being repaired.
+const REFUSED_RETRY: Duration = Duration::from_secs(1);
 /// Frames handled for one connection before others get their turn.
 const FRAMES_PER_TURN: usize = 64;
 
@@ -62,6 +67,8 @@ pub(crate) struct ClientChannel {
     asked: bool,
     outstanding: BTreeMap<TxId, RemoteRequest>,
     finished_since_ack: u32,
+    /// The peer was not ready, or refused: ask for a connection again at this time.
+    retry_at: Option<Instant>,
 }
 
 /// How a remote request ended.
@@ -86,6 +93,7 @@ impl ClientChannel {
             asked: false,
             outstanding: BTreeMap::new(),
             finished_since_ack: 0,
+            retry_at: None,
         }
     }
 
@@ -137,9 +145,27 @@ impl Device {
         let Some(client) = &mut self.client else { return };
         let peer = client.peer.clone();
         let state = client.channel(channel);
-        if state.conn.is_none() && !state.asked {
+        if state.conn.is_none() && !state.asked && state.retry_at.is_none() {
             state.asked = true;
             self.notice(Notice::NeedConnection { peer, channel });
+        }
+    }
+
+    /// Asks again for connections to a host that was not ready.
+    pub(crate) fn redial(&mut self) {
+        let now = self.now;
+        let Some(client) = &mut self.client else { return };
+        let due: Vec<Channel> = client
+            .channels()
+            .into_iter()
+            .filter(|state| state.retry_at.is_some_and(|at| at <= now))
+            .map(|state| {
+                state.retry_at = None;
+                state.channel
+            })
+            .collect();
+        for channel in due {
+            self.need_connection(channel);
         }
     }
 
@@ -323,20 +349,24 @@ impl Device {
             FrameKind::Opened => {
                 let opened: Opened = serde_json::from_slice(payload)
                     .map_err(|_| belay_wire::FrameError::Payload("OPENED is not what it should be"))?;
-                self.on_opened(channel, &opened);
+                self.on_opened(channel, header.txid, &opened);
                 Ok(())
             }
             FrameKind::Refused => {
                 let refusal = Refusal::from_code(header.status).unwrap_or(Refusal::Malformed);
-                self.on_refused(channel, refusal, &String::from_utf8_lossy(payload));
+                self.on_refused(channel, refusal, header.epoch, &String::from_utf8_lossy(payload));
                 Ok(())
             }
             FrameKind::List => {
-                self.on_list(InflightList::decode(payload)?);
+                self.on_list(InflightList::decode(payload)?, header.txid.0);
                 Ok(())
             }
             FrameKind::ListRevoked => {
-                self.on_list_revoked();
+                self.on_list_revoked(header.txid.0);
+                Ok(())
+            }
+            FrameKind::Taken => {
+                self.on_taken(header.epoch);
                 Ok(())
             }
             FrameKind::Grant => {
@@ -359,7 +389,7 @@ impl Device {
         }
     }
 
-    fn on_opened(&mut self, channel: Channel, opened: &Opened) {
+    fn on_opened(&mut self, channel: Channel, above: TxId, opened: &Opened) {
         let Some(client) = &mut self.client else { return };
         let peer = client.peer.clone();
         client.channel(channel).open = true;
@@ -368,33 +398,44 @@ impl Device {
             return;
         }
         self.notice(Notice::Link { peer, up: true, reason: None });
+        // An earlier process of this host has drawn numbers that the backing's host still knows.
+        self.next_tx = self.next_tx.max(above);
+        if !std::mem::replace(&mut self.numbers_known, true) {
+            self.start_waiting_rings();
+        }
         if self.is_successor() {
             self.notice(Notice::Prepared { size_bytes: opened.size_bytes });
             self.successor_connection(true);
         } else {
             self.send_outstanding(channel, true);
+            self.borrower_connected();
         }
     }
 
-    fn on_refused(&mut self, channel: Channel, refusal: Refusal, reason: &str) {
+    fn on_refused(&mut self, channel: Channel, refusal: Refusal, epoch: Epoch, reason: &str) {
         tracing::warn!(device = %self.identity.name, ?channel, %refusal, reason, "the backing's host refused");
+        let (now, successor) = (self.now, self.is_successor());
         let Some(client) = &mut self.client else { return };
         let peer = client.peer.clone();
         let state = client.channel(channel);
         state.conn = None;
         state.open = false;
-        // Not ready passes by itself; anything else needs the control plane to look at both ledgers.
-        state.asked = refusal != Refusal::NotReady;
+        state.asked = false;
         if refusal == Refusal::NotReady {
-            self.need_connection(channel);
-        } else {
-            self.notice(Notice::PeerRefused { peer, refusal, reason: reason.to_owned() });
-            self.successor_refused(refusal);
+            state.retry_at = Some(now + NOT_READY_RETRY);
+            return;
         }
+        // A guest that is here waits for its backing, whatever its host says now; one that may come does not.
+        state.retry_at = (!successor).then_some(now + REFUSED_RETRY);
+        state.asked = successor;
+        self.notice(Notice::PeerRefused { peer, refusal, reason: reason.to_owned() });
+        if refusal == Refusal::StaleEpoch && !successor {
+            self.on_taken(epoch);
+        }
+        self.successor_refused(refusal);
     }
 
     fn on_reply(&mut self, channel: Channel, header: Header, payload: &[u8]) -> Result<(), ConnError> {
-        let next = self.next_tx;
         let Some(client) = &mut self.client else { return Ok(()) };
         let state = client.channel(channel);
         // An answer that was on its way when the request was sent again comes twice.
@@ -413,16 +454,6 @@ impl Device {
             RemoteKind::Extents => extents = decode_extents(payload)?,
             RemoteKind::Op(_) => {}
         }
-        state.finished_since_ack += 1;
-        if state.finished_since_ack >= ACK_EVERY && channel == Channel::Guest {
-            state.finished_since_ack = 0;
-            let mut ack = Header::new(FrameKind::Ack);
-            ack.txid = state.low_water(next);
-            ack.epoch = header.epoch;
-            if let Some(conn) = &mut state.conn {
-                conn.send(ack, &[])?;
-            }
-        }
         self.remote_done(RemoteDone {
             owner: request.owner,
             status,
@@ -430,6 +461,27 @@ impl Device {
             was_extents: request.kind == RemoteKind::Extents,
             extents,
         });
+        if channel == Channel::Guest { self.acknowledge() } else { Ok(()) }
+    }
+
+    /// Tells the backing's host, now and then, what the guest has been told the end of.
+    fn acknowledge(&mut self) -> Result<(), ConnError> {
+        let (next, epoch) = (self.next_tx, self.request_epoch());
+        let lowest = self.requests.lowest();
+        let Some(client) = &mut self.client else { return Ok(()) };
+        let state = &mut client.guest;
+        state.finished_since_ack += 1;
+        if state.finished_since_ack < ACK_EVERY {
+            return Ok(());
+        }
+        state.finished_since_ack = 0;
+        let mut ack = Header::new(FrameKind::Ack);
+        // What has ended while its ring is stopped may have to be known by whoever takes the guest over.
+        ack.txid = lowest.map_or(state.low_water(next), |lowest| lowest.min(state.low_water(next)));
+        ack.epoch = epoch;
+        if let Some(conn) = &mut state.conn {
+            conn.send(ack, &[])?;
+        }
         Ok(())
     }
 }

@@ -294,6 +294,13 @@ impl DataConn {
     }
 }
 
+impl Drop for DataConn {
+    /// Ends the connection for the peer too: a poll that is still armed holds the socket open beyond this.
+    fn drop(&mut self) {
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+    }
+}
+
 /// Reads what plaintext there is; 0 if none.
 fn read_plain(tls: &mut rustls::Connection, out: &mut [u8]) -> Result<usize, ConnError> {
     if out.is_empty() {

@@ -45,6 +45,9 @@ const OP_CLASS: u64 = 0xf << 60;
 
 /// Entries of the thread's submission queue.
 const RING_ENTRIES: u32 = 256;
+/// How long a thread that ends waits for the kernel to finish its operations, and how long at a time.
+const LET_GO_LIMIT: Duration = Duration::from_secs(3);
+const LET_GO_STEP: Duration = Duration::from_millis(20);
 /// How often the snapshot is renewed while the thread is busy.
 const SNAPSHOT_EVERY: Duration = Duration::from_millis(50);
 /// How long the thread sleeps at first when it has run out of work. Then it looks at the rings again: a guest under
@@ -74,6 +77,8 @@ pub(crate) struct Device {
     pub(crate) now: Instant,
     pub(crate) epoch: Epoch,
     pub(crate) next_tx: TxId,
+    /// Numbers may be drawn: the backing's host has told above which, or nobody knows of any.
+    pub(crate) numbers_known: bool,
     pub(crate) port: Port,
     pub(crate) requests: Requests,
     /// Guest requests that wait for the backend to be opened.
@@ -119,6 +124,7 @@ impl Device {
         let belay_wire::device::DeviceClass::Block(geometry) = &config.identity.class;
         let block = BlockConfig::of(geometry);
         let now = Instant::now();
+        let numbers_known = !matches!(config.role, crate::Role::Remote { .. });
         let (handover, client, lent_to) = Handover::of_role(config.role, config.epoch);
         let mut device = Self {
             limits: Limits::of(&block),
@@ -129,6 +135,7 @@ impl Device {
             now,
             epoch: config.epoch,
             next_tx: TxId::first_of(config.epoch),
+            numbers_known,
             port: Port::default(),
             requests: Requests::default(),
             waiting: VecDeque::new(),
@@ -202,7 +209,33 @@ impl Device {
             let limit = if first { SECOND_LOOK } else { self.sleep_limit() };
             self.ring.wait(Some(limit))?;
         }
-        Ok(())
+        self.let_go()
+    }
+
+    /// Ends what has not begun, and waits for what has: the file's lock is free for the next thread then.
+    fn let_go(&mut self) -> std::io::Result<()> {
+        let guests = self.requests.all().into_iter().map(|key| OpId(GUEST_OP | key as u64));
+        let ops: Vec<OpId> = guests.chain(self.server.op_ids()).collect();
+        if let Some(local) = &mut self.local {
+            ops.into_iter().for_each(|op| local.cancel(op));
+        }
+        let deadline = Instant::now() + LET_GO_LIMIT;
+        let mut cqes = Vec::new();
+        loop {
+            let mut busy = false;
+            if let Some(local) = &mut self.local {
+                busy |= settle(&mut **local, &cqes, &mut self.ring, self.now);
+            }
+            if let Some(exchange) = &mut self.exchange {
+                busy |= settle(exchange.local_mut(), &cqes, &mut self.ring, self.now);
+            }
+            if !busy || Instant::now() > deadline {
+                return Ok(());
+            }
+            cqes.clear();
+            self.ring.wait(Some(LET_GO_STEP))?;
+            self.ring.completions(&mut cqes);
+        }
     }
 
     /// How long the thread may sleep.
@@ -289,6 +322,11 @@ impl Device {
 
     fn on_conn_ready(&mut self, cqe: Cqe) {
         let id = cqe.token.slot >> 1;
+        if cqe.more && self.conn_by_id(id).is_none() {
+            // The connection was dropped, which its own shutdown has just told: let go of the socket.
+            self.unpoll(CONN, cqe.token.slot);
+            return;
+        }
         if cqe.token.slot & 1 == 1 {
             if let Some(conn) = self.conn_by_id(id) {
                 conn.blocked_on_write = false;
@@ -389,6 +427,7 @@ impl Device {
         }
         self.exchange_tick();
         self.answer_stop_in_time();
+        self.redial();
         self.heartbeats();
         self.renew_snapshot(false);
     }
@@ -445,6 +484,8 @@ impl Device {
             Command::Connected { channel, socket } => self.connected(channel, socket),
             Command::GrantDurable { epoch } => self.grant_durable(epoch),
             Command::GrantFailed { epoch, reason } => self.grant_failed(epoch, &reason),
+            Command::ReturnDurable { epoch } => self.return_durable(epoch),
+            Command::ReturnFailed { epoch, reason } => self.return_failed(epoch, &reason),
             Command::StartExchange { local, options } => self.start_exchange(local, options),
             Command::SetBandwidth(limit) => self.set_bandwidth(limit),
             Command::CancelExchange => self.cancel_exchange(),
@@ -507,7 +548,9 @@ impl Device {
                 self.requests.reads_here(key);
             }
             let op = Op { id: OpId(GUEST_OP | key as u64), kind, offset, len, buf };
-            local.submit(op, &mut self.ring, self.now);
+            if let Some(op) = self.server.hold_back(txid, op) {
+                local.submit(op, &mut self.ring, self.now);
+            }
         } else {
             self.waiting.push_back(key);
         }
@@ -517,6 +560,8 @@ impl Device {
     pub(crate) fn cancel_guest(&mut self, key: usize) {
         if let Some(at) = self.waiting.iter().position(|waiting| *waiting == key) {
             self.waiting.remove(at);
+            self.requests.remove(key);
+        } else if self.server.cancel_held(OpId(GUEST_OP | key as u64)) {
             self.requests.remove(key);
         } else if let Some(local) = &mut self.local {
             local.cancel(OpId(GUEST_OP | key as u64));
@@ -627,4 +672,13 @@ impl Device {
             last_exchange: self.last_exchange,
         }
     }
+}
+
+/// Takes a backend's completions for nobody. Whether there are more to come.
+fn settle(backend: &mut dyn Backend, cqes: &[Cqe], ring: &mut Ring, now: Instant) -> bool {
+    for cqe in cqes {
+        backend.on_completion(*cqe, ring, now);
+    }
+    while backend.finished().is_some() {}
+    backend.in_flight() > 0
 }

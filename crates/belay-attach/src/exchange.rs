@@ -41,6 +41,8 @@ pub(crate) struct Exchange {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ending {
     Cancelled,
+    /// The device has left this host.
+    Gone,
     Failed(i32),
 }
 
@@ -158,7 +160,22 @@ impl Device {
             saving: None,
             ending: None,
         }));
+        let home = self.is_going_home();
+        self.hold_cut(home);
         self.exchange_tick();
+    }
+
+    /// Keeps the exchange from its cut-over, or lets it. `false`: it is under way.
+    pub(crate) fn hold_cut(&mut self, hold: bool) -> bool {
+        self.exchange.as_mut().is_none_or(|exchange| exchange.pull.hold(hold))
+    }
+
+    /// The guest has left for the old backing, which is complete: the copy is worth nothing any more.
+    pub(crate) fn drop_exchange(&mut self) {
+        let Some(exchange) = &mut self.exchange else { return };
+        exchange.pull.cancel();
+        exchange.ending = Some(Ending::Gone);
+        self.end_exchange_if_idle();
     }
 
     /// Lets the machine work, and does what it says, until it has nothing more to say.
@@ -173,6 +190,9 @@ impl Device {
     }
 
     pub(crate) fn exchange_tick(&mut self) {
+        if !self.numbers_known {
+            return;
+        }
         let Some(exchange) = &mut self.exchange else { return };
         if exchange.local.next_deadline().is_some_and(|deadline| deadline <= self.now) {
             exchange.local.tick(&mut self.ring, self.now);
@@ -298,7 +318,8 @@ impl Device {
     /// Both sides write the same bytes, even if the guest changes its buffer meanwhile.
     fn change_remote(&mut self, step: StepId, op: OpId) {
         let Some(request) = self.requests.get(op.0 as usize) else { return };
-        let (kind, offset, len) = (request.kind, request.offset, request.len);
+        // Under the request's own number: whoever takes the guest over knows it by that one.
+        let (kind, offset, len, txid) = (request.kind, request.offset, request.len, request.txid);
         let mut copy = Buf::default();
         if kind == OpKind::Write {
             copy = Buf::aligned(len as usize, BUFFER_ALIGN);
@@ -307,7 +328,6 @@ impl Device {
                 exchange.changes.insert(op.0, copy.clone());
             }
         }
-        let txid = self.draw_txid();
         let request = RemoteRequest::new(RemoteKind::Op(kind), offset, len, copy, RemoteOwner::Step(step));
         self.submit_remote(txid, request);
     }
@@ -343,6 +363,13 @@ impl Device {
         }
         self.pull(|pull, now, out| pull.tick(now, out));
         self.end_exchange_if_idle();
+    }
+
+    /// A request has come with the guest that the old backing's host has already.
+    pub(crate) fn late_elder(&mut self, key: usize) {
+        if let (Some(exchange), Some(request)) = (&mut self.exchange, self.requests.get(key)) {
+            exchange.pull.elder(OpId(key as u64), guest_kind(request.kind), request.offset, request.len);
+        }
     }
 
     /// A request has ended that went to the old backing as a whole: perhaps before the exchange began.
@@ -388,7 +415,9 @@ impl Device {
     fn end_exchange_if_idle(&mut self) {
         let Some(exchange) = &mut self.exchange else { return };
         let Some(ending) = exchange.ending else { return };
-        if !exchange.pull.is_idle() || exchange.local.in_flight() > 0 {
+        // A map that is still being written would come back after it was removed.
+        let idle = exchange.pull.is_idle() || ending == Ending::Gone;
+        if !idle || exchange.local.in_flight() > 0 || exchange.saving.is_some() {
             return;
         }
         let waiting = exchange.pull.take_waiting();
@@ -396,10 +425,11 @@ impl Device {
         self.exchange = None;
         // What was here is worth nothing without the guest's writes to come.
         let _ = std::fs::remove_file(map_path);
-        for op in waiting {
+        for op in waiting.into_iter().filter(|_| ending != Ending::Gone) {
             self.submit_guest(op.0 as usize);
         }
         self.notice(match ending {
+            Ending::Gone => return,
             Ending::Cancelled => Notice::ExchangeCancelled,
             Ending::Failed(errno) => {
                 Notice::ExchangePaused { reason: std::io::Error::from_raw_os_error(errno).to_string() }
@@ -428,7 +458,9 @@ impl Device {
 
     /// The source's machine must know whether rings run.
     fn rings_running_again(&mut self) {
-        if self.port.running() == 0 && self.port.connection.is_some() {
+        if self.port.running() > 0 {
+            self.rings_started();
+        } else if self.port.connection.is_some() {
             self.rings_all_stopped();
         }
     }

@@ -84,7 +84,8 @@ pub enum Command {
     SetBackend(Box<dyn Backend>),
     /// Where VMMs connect.
     Listen(UnixListener),
-    /// This host may take the device over. From now on its connections are accepted.
+    /// This host may take the device over. From now on its connections are accepted. If the backing is there
+    /// already, the guest may go home to it.
     Offer {
         /// The host.
         to: String,
@@ -114,6 +115,18 @@ pub enum Command {
     },
     /// The grant could not be written.
     GrantFailed {
+        /// The epoch.
+        epoch: Epoch,
+        /// Why.
+        reason: String,
+    },
+    /// The return of this epoch is in the ledger: the guest is here again.
+    ReturnDurable {
+        /// The epoch.
+        epoch: Epoch,
+    },
+    /// The return could not be written.
+    ReturnFailed {
         /// The epoch.
         epoch: Epoch,
         /// Why.
@@ -187,6 +200,28 @@ pub enum Notice {
     },
     /// The grant was sent; this host serves the device's guest no more.
     Granted {
+        /// The epoch.
+        epoch: Epoch,
+    },
+    /// The guest of a device that is lent has come here: write its return to the ledger, then answer
+    /// `ReturnDurable`.
+    Returning {
+        /// The host that it was lent to.
+        from: String,
+        /// The epoch it will have.
+        epoch: Epoch,
+    },
+    /// The guest is here again.
+    Returned {
+        /// The epoch.
+        epoch: Epoch,
+        /// Requests that were in flight when it left the other host.
+        in_flight: u64,
+        /// From the first ring's start to the ledger's word.
+        grant_ms: f64,
+    },
+    /// The device is in this later epoch, and not at this host: nothing is served here any more.
+    Taken {
         /// The epoch.
         epoch: Epoch,
     },

@@ -4,7 +4,8 @@ use std::time::Instant;
 
 use belay_block::Buf;
 use belay_handover::handover::{
-    Destination, DestinationAction, DestinationEvent, RingStart, Source, SourceAction, SourceEvent,
+    Borrower, BorrowerAction, BorrowerEvent, Destination, DestinationAction, DestinationEvent, RingStart,
+    Source, SourceAction, SourceEvent,
 };
 use belay_wire::control::Channel;
 use belay_wire::{Epoch, FrameKind, Header, InflightList, QueueBase, QueueIndex, Refusal};
@@ -17,12 +18,12 @@ use crate::stats::since;
 
 /// The machine of whichever side this host is on.
 pub(crate) enum Handover {
-    /// This host has the backing: the guest is here, or was.
+    /// This host has the backing: the guest is here, or was, and may come home.
     Source(Source),
     /// The guest may come.
     Destination(Destination),
     /// The guest is here, the backing elsewhere.
-    Remote,
+    Remote(Borrower),
 }
 
 impl Handover {
@@ -34,9 +35,18 @@ impl Handover {
             Role::Successor { from } => {
                 (Self::Destination(Destination::prepared(epoch)), Some(Client::new(from)), None)
             }
-            Role::Remote { backing } => (Self::Remote, Some(Client::new(backing)), None),
+            Role::Remote { backing } => {
+                (Self::Remote(Borrower::serving(epoch, false)), Some(Client::new(backing)), None)
+            }
         }
     }
+}
+
+/// A message about the list of this number.
+fn numbered(kind: FrameKind, generation: u64) -> Header {
+    let mut header = Header::new(kind);
+    header.txid = belay_wire::TxId(generation);
+    header
 }
 
 /// A claim that has not been answered.
@@ -55,8 +65,23 @@ impl Device {
             Handover::Source(_) => Serving::Nobody,
             Handover::Destination(destination) if destination.has_claimed() => Serving::Guest,
             Handover::Destination(_) => Serving::Successor,
-            Handover::Remote => Serving::Guest,
+            Handover::Remote(borrower) if borrower.may_serve() => Serving::Guest,
+            Handover::Remote(_) => Serving::Nobody,
         }
+    }
+
+    /// Whether what this host's VMM says of its guest's requests counts: they are in nobody else's hands.
+    pub(crate) fn owns_guest(&self) -> bool {
+        match &self.handover {
+            Handover::Source(source) => source.may_serve(),
+            Handover::Destination(_) => true,
+            Handover::Remote(borrower) => !borrower.is_gone(),
+        }
+    }
+
+    /// Whether requests of the host that the device is lent to are executed.
+    pub(crate) fn serves_borrower(&self) -> bool {
+        matches!(&self.handover, Handover::Source(source) if source.serves_borrower())
     }
 
     pub(crate) fn state_name(&self) -> &'static str {
@@ -69,7 +94,7 @@ impl Device {
         match &self.handover {
             Handover::Source(source) => source.name(),
             Handover::Destination(destination) => destination.name(),
-            Handover::Remote => "remote",
+            Handover::Remote(borrower) => borrower.name(),
         }
     }
 
@@ -117,7 +142,9 @@ impl Device {
 
     fn source_action(&mut self, action: SourceAction) -> Result<(), Refusal> {
         match action {
-            SourceAction::SendList(list) => self.tell_successor(Header::new(FrameKind::List), &list.encode()),
+            SourceAction::SendList { list, generation } => {
+                self.tell_successor(numbered(FrameKind::List, generation), &list.encode());
+            }
             SourceAction::RevokeList => self.tell_successor(Header::new(FrameKind::ListRevoked), &[]),
             SourceAction::Fence => {}
             SourceAction::Unfence => self.start_waiting_rings(),
@@ -136,6 +163,34 @@ impl Device {
                 self.notice(Notice::Withdrawn);
             }
             SourceAction::WithdrawTooLate => self.notice(Notice::WithdrawTooLate),
+            SourceAction::AckRevoke { generation } => {
+                self.tell_successor(numbered(FrameKind::ListRevoked, generation), &[]);
+            }
+            SourceAction::MarkRing { ring, adopted } => {
+                if let Some(ring) = self.port.ring(ring.queue.0) {
+                    adopted.iter().for_each(|listed| ring.mark(listed.head.0, listed.txid.0));
+                }
+            }
+            SourceAction::PersistReturn { from, epoch } => {
+                self.open_claim = Some(OpenClaim { since: self.now, in_flight: 0 });
+                self.notice(Notice::Returning { from, epoch });
+            }
+            SourceAction::DropBorrower => self.server.sessions.clear(),
+            SourceAction::TakeBack { epoch, .. } => self.take_back(epoch),
+            SourceAction::RunRing { ring, adopted } => self.run_returned(ring, &adopted),
+            SourceAction::SendTaken(epoch) => {
+                self.send_taken(epoch);
+                let claim = self.open_claim.take();
+                self.notice(Notice::Returned {
+                    epoch,
+                    in_flight: claim.map_or(0, |claim| claim.in_flight),
+                    grant_ms: claim.map_or(0.0, |claim| since(self.now, claim.since).as_secs_f64() * 1e3),
+                });
+            }
+            SourceAction::Misfit { queue, reason } => {
+                tracing::error!(device = %self.identity.name, %queue, reason, "a ring cannot be served");
+                self.notice(Notice::HandoverFailed { reason });
+            }
         }
         Ok(())
     }
@@ -153,22 +208,45 @@ impl Device {
     }
 
     pub(crate) fn offer(&mut self, to: String) {
-        let _ = self.source_event(SourceEvent::Offer { to });
+        if matches!(self.handover, Handover::Remote(_)) {
+            self.offer_home(to);
+        } else {
+            let _ = self.source_event(SourceEvent::Offer { to });
+        }
     }
 
     pub(crate) fn withdraw(&mut self) {
         let _ = self.source_event(SourceEvent::Withdraw);
+        self.borrower_event(BorrowerEvent::Withdraw);
     }
 
     pub(crate) fn successor_opened(&mut self) {
         let _ = self.source_event(SourceEvent::SuccessorOpened);
     }
 
-    /// A successor's connection was lost: the list is kept, and sent again when it comes back.
-    pub(crate) fn successor_lost(&mut self) {}
+    pub(crate) fn claim(&mut self, by: String, epoch: Epoch, generation: u64) -> Result<(), Refusal> {
+        self.source_event(SourceEvent::Claim { by, epoch, generation })
+    }
 
-    pub(crate) fn claim(&mut self, by: String, epoch: Epoch) -> Result<(), Refusal> {
-        self.source_event(SourceEvent::Claim { by, epoch })
+    pub(crate) fn borrower_opened(&mut self) {
+        let _ = self.source_event(SourceEvent::BorrowerOpened);
+    }
+
+    pub(crate) fn borrower_list(&mut self, list: InflightList, generation: u64) {
+        let _ = self.source_event(SourceEvent::BorrowerList { list, generation });
+    }
+
+    pub(crate) fn borrower_revoked(&mut self, generation: u64) {
+        let _ = self.source_event(SourceEvent::BorrowerRevoked { generation });
+    }
+
+    pub(crate) fn return_durable(&mut self, epoch: Epoch) {
+        let _ = self.source_event(SourceEvent::ReturnDurable(epoch));
+    }
+
+    pub(crate) fn return_failed(&mut self, epoch: Epoch, reason: &str) {
+        tracing::error!(device = %self.identity.name, %epoch, reason, "the return could not be written");
+        let _ = self.source_event(SourceEvent::ReturnFailed(epoch));
     }
 
     pub(crate) fn grant_durable(&mut self, epoch: Epoch) {
@@ -190,13 +268,15 @@ impl Device {
     pub(crate) fn rings_all_stopped(&mut self) {
         let list = self.inflight_list();
         self.notice(Notice::RingsStopped { in_flight: list.requests.len() as u64 });
-        let _ = self.source_event(SourceEvent::RingsStopped(list));
+        let _ = self.source_event(SourceEvent::RingsStopped(list.clone()));
+        self.borrower_event(BorrowerEvent::RingsStopped(list));
     }
 
     /// A ring runs.
     pub(crate) fn rings_started(&mut self) {
         self.notice(Notice::RingsStarted);
         let _ = self.source_event(SourceEvent::RingsStarted);
+        self.borrower_event(BorrowerEvent::RingsStarted);
     }
 
     fn inflight_list(&self) -> InflightList {
@@ -212,12 +292,109 @@ impl Device {
         InflightList { queues, requests: self.requests.list() }
     }
 
-    /// Rings that the VMM started while they might not run.
-    fn start_waiting_rings(&mut self) {
-        for index in 0..self.port.queues.len() as u16 {
-            if let Some(start) = self.port.queues[usize::from(index)].waiting {
-                self.start_ring(index, start, Some(start.base), &[]);
+    /// Whether the start of a ring is the machine's to decide; then it has been told.
+    pub(crate) fn handover_decides_start(&mut self, index: u16, start: Start) -> bool {
+        let size = self.port.ring(index).map_or(0, |ring| ring.size());
+        let queue = QueueIndex(index);
+        let ring = RingStart { queue, size, base: start.base, used: start.used };
+        match &self.handover {
+            _ if self.retired => {}
+            Handover::Source(source) if source.decides_start_of(queue) => {
+                tracing::debug!(device = %self.identity.name, queue = index, state = source.name(), "a ring was started while the device is elsewhere");
+                let _ = self.source_event(SourceEvent::RingWaits(ring));
             }
+            Handover::Destination(_) => self.destination_event(DestinationEvent::RingStarted(ring)),
+            Handover::Remote(borrower) if !borrower.may_serve() => {
+                self.borrower_event(BorrowerEvent::RingWaits);
+            }
+            Handover::Source(_) | Handover::Remote(_) => return false,
+        }
+        true
+    }
+
+    /// A ring is started no more: stopped, or its VMM is gone.
+    pub(crate) fn ring_left(&mut self, index: u16) {
+        let queue = QueueIndex(index);
+        self.destination_event(DestinationEvent::RingStopped(queue));
+        let _ = self.source_event(SourceEvent::RingLeft(queue));
+    }
+
+    // --- borrower ---
+
+    fn borrower_event(&mut self, event: BorrowerEvent) {
+        let Handover::Remote(borrower) = &self.handover else { return };
+        let (next, actions) = borrower.clone().handle(event);
+        if !actions.is_empty() {
+            tracing::debug!(device = %self.identity.name, state = next.name(), ?actions, "handover");
+        }
+        self.handover = Handover::Remote(next);
+        for action in actions {
+            self.borrower_action(action);
+        }
+    }
+
+    fn borrower_action(&mut self, action: BorrowerAction) {
+        match action {
+            BorrowerAction::Ready => {
+                if let Some(client) = self.client.as_ref().filter(|client| client.guest.is_up()) {
+                    let peer = client.peer.clone();
+                    self.notice(Notice::SuccessorReady { peer });
+                }
+            }
+            BorrowerAction::SendList { list, generation } => {
+                self.tell_backing(numbered(FrameKind::List, generation), &list.encode());
+            }
+            BorrowerAction::SendRevoke { generation } => {
+                self.tell_backing(numbered(FrameKind::ListRevoked, generation), &[]);
+            }
+            BorrowerAction::Unfence => self.start_waiting_rings(),
+            BorrowerAction::Release(epoch) => {
+                self.stop_serving();
+                self.client = None;
+                self.drop_exchange();
+                self.notice(Notice::Taken { epoch });
+            }
+            BorrowerAction::Withdrawn => {
+                self.hold_cut(false);
+                self.notice(Notice::Withdrawn);
+            }
+            BorrowerAction::WithdrawTooLate => self.notice(Notice::WithdrawTooLate),
+        }
+    }
+
+    /// The guest may go home, to where its backing is.
+    fn offer_home(&mut self, to: String) {
+        let backed_there = self.client.as_ref().is_some_and(|client| client.peer == to);
+        if !backed_there || !self.hold_cut(true) {
+            let reason =
+                "it can go only to the host that has its backing, and not while its copy is cut over";
+            self.notice(Notice::HandoverFailed { reason: reason.to_owned() });
+            return;
+        }
+        self.borrower_event(BorrowerEvent::Offer { to });
+    }
+
+    pub(crate) fn borrower_connected(&mut self) {
+        self.borrower_event(BorrowerEvent::Connected);
+    }
+
+    pub(crate) fn on_taken(&mut self, epoch: Epoch) {
+        self.borrower_event(BorrowerEvent::Taken(epoch));
+    }
+
+    /// Whether the guest may go home: its backing stays where it is.
+    pub(crate) fn is_going_home(&self) -> bool {
+        matches!(&self.handover, Handover::Remote(borrower) if borrower.is_offered())
+    }
+
+    /// A message of the handover to the backing's host, at once; without a connection it comes with the next one.
+    fn tell_backing(&mut self, mut header: Header, payload: &[u8]) {
+        header.epoch = self.epoch;
+        let now = self.now;
+        let Some(client) = self.client.as_mut().filter(|client| client.guest.is_up()) else { return };
+        let Some(conn) = &mut client.guest.conn else { return };
+        if let Err(error) = conn.send(header, payload).and_then(|()| conn.flush(now)) {
+            self.lose_connection(Channel::Guest, &error.to_string());
         }
     }
 
@@ -235,18 +412,24 @@ impl Device {
 
     fn destination_action(&mut self, action: DestinationAction) {
         match action {
-            DestinationAction::SendClaim(epoch) => {
-                let mut claim = Header::new(FrameKind::Claim);
+            DestinationAction::SendClaim { epoch, generation } => {
+                let mut claim = numbered(FrameKind::Claim, generation);
                 claim.epoch = epoch;
                 self.next_tx = self.next_tx.max(belay_wire::TxId::first_of(epoch));
                 self.open_claim.get_or_insert(OpenClaim { since: self.now, in_flight: 0 });
                 self.send_to_backing(claim);
-                self.send_outstanding(Channel::Guest, false);
+                // On a new connection also what was sent behind the claim on the one before.
+                self.send_outstanding(Channel::Guest, true);
+            }
+            DestinationAction::RefuseRing { queue, reason } => {
+                tracing::error!(device = %self.identity.name, %queue, reason, "a ring cannot be served");
             }
             DestinationAction::RunRing { ring, adopted } => self.run_adopted(ring, &adopted),
             DestinationAction::Attached(epoch) => {
                 self.epoch = epoch;
-                self.handover = Handover::Remote;
+                let running = self.port.running() > 0;
+                self.handover = Handover::Remote(Borrower::serving(epoch, running));
+                self.next_tx = self.next_tx.max(belay_wire::TxId::first_of(epoch));
                 let claim = self.open_claim.take();
                 self.notice(Notice::Attached {
                     epoch,
@@ -264,6 +447,10 @@ impl Device {
     /// Lets a ring run whose requests in flight are at the source.
     fn run_adopted(&mut self, ring: RingStart, adopted: &[belay_wire::ListedRequest]) {
         let index = ring.queue.0;
+        if adopted.is_empty() {
+            self.start_waiting(index);
+            return;
+        }
         for listed in adopted {
             match self.adopt(index, listed) {
                 Ok(key) => {
@@ -284,6 +471,7 @@ impl Device {
                         RemoteOwner::Guest(key),
                     );
                     self.adopt_remote(listed.txid, remote);
+                    self.late_elder(key);
                 }
                 Err(reason) => {
                     // The list has been checked against the ring; only a guest that rewrites its descriptors
@@ -298,17 +486,6 @@ impl Device {
         self.run_ring(index, ring.base);
     }
 
-    pub(crate) fn successor_ring_started(&mut self, index: u16, start: Start) {
-        let size = self.port.ring(index).map_or(0, |ring| ring.size());
-        let ring = RingStart { queue: QueueIndex(index), size, base: start.base, used: start.used };
-        self.destination_event(DestinationEvent::RingStarted(ring));
-    }
-
-    /// A ring that waits for the list was stopped again.
-    pub(crate) fn successor_ring_stopped(&mut self, index: u16) {
-        self.destination_event(DestinationEvent::RingStopped(QueueIndex(index)));
-    }
-
     pub(crate) fn successor_connection(&mut self, up: bool) {
         if up {
             self.destination_event(DestinationEvent::ConnectionUp);
@@ -319,12 +496,13 @@ impl Device {
         self.destination_event(DestinationEvent::Refused(refusal));
     }
 
-    pub(crate) fn on_list(&mut self, list: InflightList) {
-        self.destination_event(DestinationEvent::List(list));
+    pub(crate) fn on_list(&mut self, list: InflightList, generation: u64) {
+        self.destination_event(DestinationEvent::List { list, generation });
     }
 
-    pub(crate) fn on_list_revoked(&mut self) {
+    pub(crate) fn on_list_revoked(&mut self, generation: u64) {
         self.destination_event(DestinationEvent::ListRevoked);
+        self.borrower_event(BorrowerEvent::Revoked { generation });
     }
 
     pub(crate) fn on_grant(&mut self, epoch: Epoch) {

@@ -10,6 +10,7 @@ mod device;
 mod exchange;
 mod handle;
 mod handover;
+mod home;
 mod open;
 mod parked;
 mod port;

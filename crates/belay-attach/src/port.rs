@@ -17,12 +17,12 @@ use crate::requests::GuestRequest;
 use crate::stats::{monotonic_ns, since};
 
 /// A ring as this device sees it; the ring itself lives in the connection.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Queue {
     /// It is served: started by the VMM, and let go by the handover.
     pub(crate) running: bool,
     /// The VMM has started it, but it may not run yet.
-    pub(crate) waiting: Option<Start>,
+    pub(crate) waiting: Option<Waiting>,
     /// What GET_VRING_BASE answered at its last stop on this connection.
     stopped_at: Option<u16>,
     /// Its kick descriptor is polled, under this generation.
@@ -50,6 +50,16 @@ pub(crate) struct Start {
     pub(crate) base: u16,
     /// The used index found in guest memory.
     pub(crate) used: u16,
+}
+
+/// A ring that the VMM has started and that may not run yet.
+#[derive(Clone, Debug)]
+pub(crate) struct Waiting {
+    pub(crate) start: Start,
+    /// Where it was stopped before, on this connection.
+    resumed: Option<u16>,
+    /// What the in-flight region says is in flight.
+    marked: Vec<Marked>,
 }
 
 /// The port's state.
@@ -180,8 +190,9 @@ impl Device {
             self.unpoll(VMM, u64::from(self.port.generation));
             drop(connection);
         }
-        for queue in 0..self.port.queues.len() {
-            self.forget_kick(queue as u16);
+        for index in 0..self.port.queues.len() as u16 {
+            self.forget_kick(index);
+            self.ring_left(index);
         }
         self.port.queues.clear();
         self.port.quiescing = false;
@@ -218,11 +229,15 @@ impl Device {
             Event::Quiesce { reset } => {
                 tracing::debug!(device = %self.identity.name, reset, "the VMM wants no request in flight");
                 self.port.quiescing = true;
-                if self.serving() != Serving::Nobody {
-                    self.drop_guest_requests(None);
-                }
                 for queue in &mut self.port.queues {
                     queue.stopped_at = None;
+                }
+                if self.owns_guest() {
+                    self.drop_guest_requests(None);
+                    if reset && !self.port.started() {
+                        // What was listed at the stop is in flight no more.
+                        self.rings_all_stopped();
+                    }
                 }
                 self.quiet();
             }
@@ -264,9 +279,7 @@ impl Device {
         self.forget_kick(index);
         self.counters.rings_stopped_ns = monotonic_ns();
         self.park_reads(index);
-        if self.is_successor() {
-            self.successor_ring_stopped(index);
-        }
+        self.ring_left(index);
         if !self.port.started() {
             self.rings_all_stopped();
         }
@@ -276,20 +289,47 @@ impl Device {
         let Some(queue) = self.port.queue(index) else { return };
         let resumed = queue.stopped_at.take();
         queue.broken = false;
-        queue.waiting = Some(start);
-        match self.serving() {
-            Serving::Nobody => {
-                tracing::warn!(device = %self.identity.name, queue = index, "a ring was started on a host that has not got the device: it is not served");
+        queue.waiting = Some(Waiting { start, resumed, marked: marked.to_vec() });
+        if !self.numbers_known {
+            return;
+        }
+        if !self.handover_decides_start(index, start) {
+            self.start_waiting(index);
+        }
+    }
+
+    /// Starts a ring that waits.
+    pub(crate) fn start_waiting(&mut self, index: u16) {
+        if let Some(Waiting { start, resumed, marked }) =
+            self.port.queue(index).and_then(|queue| queue.waiting.take())
+        {
+            self.start_ring(index, start, resumed, &marked);
+        }
+    }
+
+    /// Rings that the VMM started while they might not run.
+    pub(crate) fn start_waiting_rings(&mut self) {
+        for index in 0..self.port.queues.len() as u16 {
+            let start = self.port.queues[usize::from(index)].waiting.as_ref().map(|waiting| waiting.start);
+            if let Some(start) = start
+                && !self.handover_decides_start(index, start)
+            {
+                self.start_waiting(index);
             }
-            Serving::Successor => self.successor_ring_started(index, start),
-            Serving::Guest if self.is_successor() => self.successor_ring_started(index, start),
-            Serving::Guest => self.start_ring(index, start, resumed, marked),
+        }
+    }
+
+    /// No ring is served any more: the device has left.
+    pub(crate) fn stop_serving(&mut self) {
+        for index in 0..self.port.queues.len() as u16 {
+            self.port.queues[usize::from(index)].running = false;
+            self.forget_kick(index);
         }
     }
 
     /// Starts a ring of a guest that is here: goes on with parked requests, finds those of an earlier process
     /// again, or begins afresh.
-    pub(crate) fn start_ring(&mut self, index: u16, start: Start, resumed: Option<u16>, marked: &[Marked]) {
+    fn start_ring(&mut self, index: u16, start: Start, resumed: Option<u16>, marked: &[Marked]) {
         let parked = self.requests.of_queue(index);
         let outstanding = usize::from(start.base.wrapping_sub(start.used));
         if !parked.is_empty() {
@@ -567,8 +607,11 @@ impl Device {
     /// successor if it has moved.
     pub(crate) fn guest_done(&mut self, key: usize, status: Status) {
         let Some(request) = self.requests.get_mut(key) else { return };
+        let txid = request.txid;
         if request.orphan {
             self.requests.remove(key);
+            self.departed_done(key, txid, status);
+            self.elder_ended(txid);
             self.quiet();
             return;
         }
@@ -578,8 +621,11 @@ impl Device {
         self.answer_stop();
         if self.serving() == Serving::Nobody {
             self.report_adopted(key);
-        } else if self.port.queue(index).is_some_and(|queue| queue.running) {
-            self.finish_parked(key);
+        } else {
+            self.elder_ended(txid);
+            if self.port.queue(index).is_some_and(|queue| queue.running) {
+                self.finish_parked(key);
+            }
         }
     }
 

@@ -134,6 +134,19 @@ impl Requests {
         self.slots.iter().any(|(_, request)| request.reading)
     }
 
+    /// Makes the guest forget one request that has not ended.
+    pub(crate) fn orphan_one(&mut self, key: usize) {
+        if let Some(request) = self.slots.get_mut(key).filter(|request| !request.orphan) {
+            request.orphan = true;
+            self.orphans += 1;
+        }
+    }
+
+    /// The lowest number of a request that the guest waits for.
+    pub(crate) fn lowest(&self) -> Option<TxId> {
+        self.slots.iter().filter(|(_, request)| !request.orphan).map(|(_, request)| request.txid).min()
+    }
+
     /// The list that goes to a successor, in submission order.
     pub(crate) fn list(&self) -> Vec<ListedRequest> {
         self.all().into_iter().map(|key| listed(&self.slots[key])).collect()

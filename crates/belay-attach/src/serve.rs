@@ -4,12 +4,12 @@
 //! again while it runs or when it is a change that was done; its outcome is sent again. Requests of an epoch that
 //! is over are refused where they would be executed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use belay_block::{Buf, Op, OpId, OpKind, Status};
 use belay_wire::control::{Channel, Open, Opened};
 use belay_wire::frame::flags;
-use belay_wire::{Epoch, FrameKind, Header, Refusal, TxId};
+use belay_wire::{Epoch, FrameKind, Header, InflightList, Refusal, TxId};
 use slab::Slab;
 
 use crate::conn::{ConnError, DataConn, PeerSocket, Received};
@@ -48,9 +48,12 @@ pub(crate) struct Session {
 }
 
 /// A request of the attachment's guest.
-enum Entry {
-    /// Was in flight when the guest left this host; executed under this key of the request table.
+pub(crate) enum Entry {
+    /// Was in flight when the guest left this host, or when it came back; its end is that of this request of the
+    /// table, whoever executes it.
     Adopted { key: usize },
+    /// Was in flight when the guest left this host, and has come back: executed under this key, whose guest is gone.
+    Departed { key: usize },
     /// Being executed.
     Running { op: usize },
     /// A change, or a flush, that was done; its outcome, until the client acknowledges.
@@ -58,8 +61,10 @@ enum Entry {
 }
 
 /// An operation at the backend on a peer's behalf.
-struct ServerOp {
+pub(crate) struct ServerOp {
     session: u64,
+    /// The request of this host's guest that it executes, whose guest has come home meanwhile.
+    pub(crate) request: Option<usize>,
     channel: Channel,
     txid: TxId,
     kind: OpKind,
@@ -75,16 +80,65 @@ struct ServerOp {
 #[derive(Default)]
 pub(crate) struct Server {
     pub(crate) sessions: Slab<Session>,
-    table: BTreeMap<TxId, Entry>,
-    ops: Slab<ServerOp>,
+    pub(crate) table: BTreeMap<TxId, Entry>,
+    pub(crate) ops: Slab<ServerOp>,
     /// Changes that were outstanding when the guest's present connection began.
     elders: BTreeMap<TxId, (u64, u64)>,
+    /// Above every number that a client has used.
+    pub(crate) above: TxId,
+    /// Requests of this host's guest that wait for elders.
+    held: Vec<HeldOp>,
+    /// Which request waits for the end of a departed one, by the departed one's key.
+    pub(crate) heirs: HashMap<usize, usize>,
+}
+
+/// An operation of this host's guest that must not overtake changes made before the guest came home.
+struct HeldOp {
+    waits_for: Vec<TxId>,
+    op: Op,
 }
 
 impl Server {
     /// The connection of the guest's channel.
     pub(crate) fn guest_session(&mut self) -> Option<&mut Session> {
         self.sessions.iter_mut().map(|(_, session)| session).find(|session| session.channel == Channel::Guest)
+    }
+
+    /// Elders that an operation must not overtake.
+    fn elders_of(&self, txid: TxId, offset: u64, len: u64) -> Vec<TxId> {
+        let end = offset.saturating_add(len);
+        self.elders
+            .iter()
+            .filter(|(elder, (from, len))| {
+                **elder != txid && *from < end && offset < from.saturating_add(*len)
+            })
+            .map(|(elder, _)| *elder)
+            .collect()
+    }
+
+    /// Keeps an operation of this host's guest for later, if elders must end first; else gives it back.
+    pub(crate) fn hold_back(&mut self, txid: TxId, op: Op) -> Option<Op> {
+        if self.elders.is_empty() {
+            return Some(op);
+        }
+        let waits_for = self.elders_of(txid, op.offset, op.len);
+        if waits_for.is_empty() {
+            return Some(op);
+        }
+        self.held.push(HeldOp { waits_for, op });
+        None
+    }
+
+    /// Forgets an operation that was held back.
+    pub(crate) fn cancel_held(&mut self, id: OpId) -> bool {
+        let before = self.held.len();
+        self.held.retain(|held| held.op.id != id);
+        self.held.len() != before
+    }
+
+    /// Operations at the backend on a peer's behalf.
+    pub(crate) fn op_ids(&self) -> impl Iterator<Item = OpId> + '_ {
+        self.ops.iter().map(|(slot, _)| OpId(SERVER_OP | slot as u64))
     }
 
     pub(crate) fn by_id(&self, id: u64) -> Option<usize> {
@@ -136,6 +190,7 @@ impl Device {
         };
         let mut header = Header::new(FrameKind::Opened);
         header.epoch = self.epoch;
+        header.txid = self.server.above;
         let body = serde_json::to_vec(&opened).unwrap_or_default();
         let id = self.watch_conn(&conn);
         if let Err(error) = conn.send(header, &body) {
@@ -149,6 +204,8 @@ impl Device {
         if standing == Standing::Successor {
             self.notice(Notice::SuccessorReady { peer });
             self.successor_opened();
+        } else if open.channel == Channel::Guest {
+            self.borrower_opened();
         }
         // Frames may already wait in the TLS state: nobody will announce them again.
         self.serve_session(key);
@@ -163,12 +220,17 @@ impl Device {
             return Err(Refusal::NotReady);
         }
         if self.lent_to.as_deref() == Some(peer) {
-            return if epoch == self.epoch { Ok(Standing::Attached) } else { self.old_epoch(epoch) };
+            return match epoch == self.epoch {
+                // While the ledger decides whether the guest has left it, nothing is executed for it.
+                true if !self.serves_borrower() => Err(Refusal::NotReady),
+                true => Ok(Standing::Attached),
+                false => self.old_epoch(epoch),
+            };
         }
         if open.channel == Channel::Guest && self.offered_to() == Some(peer) {
             return if epoch == self.epoch { Ok(Standing::Successor) } else { Err(Refusal::StaleEpoch) };
         }
-        Err(Refusal::NotOffered)
+        Err(if epoch < self.epoch { Refusal::StaleEpoch } else { Refusal::NotOffered })
     }
 
     /// The attachment comes back with the epoch before its grant: the grant got lost on the way.
@@ -189,7 +251,7 @@ impl Device {
     }
 
     /// Changes that run now come from an earlier connection; what comes later must not overtake them.
-    fn remember_elders(&mut self) {
+    pub(crate) fn remember_elders(&mut self) {
         self.server.elders.clear();
         for (txid, entry) in &self.server.table {
             let range = match entry {
@@ -198,6 +260,9 @@ impl Device {
                     .get(*key)
                     .filter(|request| request.done.is_none() && request.kind.changes_content())
                     .map(|request| (request.offset, request.len)),
+                Entry::Departed { key } => {
+                    self.requests.get(*key).map(|request| (request.offset, request.len))
+                }
                 Entry::Running { op } => self
                     .server
                     .ops
@@ -239,9 +304,9 @@ impl Device {
                     }
                     continue;
                 }
-                Ok(Received::Frame(header, _)) => {
+                Ok(Received::Frame(header, payload)) => {
                     let data = session.incoming.take();
-                    self.on_peer_frame(key, header, data)
+                    self.on_peer_frame(key, header, data, &payload)
                 }
                 Err(error) => {
                     self.drop_session(key, &error);
@@ -266,14 +331,17 @@ impl Device {
         let peer = session.conn.peer.clone();
         tracing::info!(device = %self.identity.name, %peer, %error, channel = ?session.channel, "peer's connection ended");
         if session.channel == Channel::Guest {
-            if session.standing == Standing::Successor {
-                self.successor_lost();
-            }
             self.notice(Notice::Link { peer, up: false, reason: Some(error.to_string()) });
         }
     }
 
-    fn on_peer_frame(&mut self, key: usize, header: Header, data: Option<Buf>) -> Result<(), Refusal> {
+    fn on_peer_frame(
+        &mut self,
+        key: usize,
+        header: Header,
+        data: Option<Buf>,
+        payload: &[u8],
+    ) -> Result<(), Refusal> {
         match header.kind {
             FrameKind::Read
             | FrameKind::Write
@@ -292,7 +360,8 @@ impl Device {
                 Ok(())
             }
             FrameKind::Pong => Ok(()),
-            FrameKind::Claim => self.on_claim(key, header.epoch),
+            FrameKind::Claim => self.on_claim(key, header.epoch, header.txid.0),
+            FrameKind::List | FrameKind::ListRevoked => self.on_borrower_word(key, header, payload),
             FrameKind::Bye => {
                 self.drop_session(key, &ConnError::Closed);
                 Ok(())
@@ -309,20 +378,43 @@ impl Device {
     }
 
     /// The successor's rings have started.
-    fn on_claim(&mut self, key: usize, epoch: Epoch) -> Result<(), Refusal> {
+    fn on_claim(&mut self, key: usize, epoch: Epoch, generation: u64) -> Result<(), Refusal> {
         let session = &mut self.server.sessions[key];
-        if session.standing == Standing::Attached || session.channel != Channel::Guest {
+        if session.channel != Channel::Guest {
             return Err(Refusal::WrongState);
         }
         let peer = session.conn.peer.clone();
-        session.standing = Standing::Claiming;
-        self.claim(peer, epoch)
+        // One that was granted already claims again, if its claim and the grant crossed on a new connection.
+        if session.standing != Standing::Attached {
+            session.standing = Standing::Claiming;
+        }
+        self.claim(peer, epoch, generation)
+    }
+
+    /// The attachment's rings have stopped, or are to run again, and its guest may come here.
+    fn on_borrower_word(&mut self, key: usize, header: Header, payload: &[u8]) -> Result<(), Refusal> {
+        let session = &self.server.sessions[key];
+        if session.standing != Standing::Attached || session.channel != Channel::Guest {
+            return Err(Refusal::WrongState);
+        }
+        if header.epoch != self.epoch {
+            return Err(Refusal::StaleEpoch);
+        }
+        if header.kind == FrameKind::ListRevoked {
+            self.borrower_revoked(header.txid.0);
+            return Ok(());
+        }
+        let list = InflightList::decode(payload).map_err(|_| Refusal::Malformed)?;
+        self.borrower_list(list, header.txid.0);
+        Ok(())
     }
 
     /// The grant is durable: the requests in flight now belong to the successor.
     pub(crate) fn lend(&mut self, to: &str, epoch: Epoch) {
         self.epoch = epoch;
         self.lent_to = Some(to.to_owned());
+        // What an earlier borrower was told of is nobody's business any more.
+        self.server.table.retain(|_, entry| !matches!(entry, Entry::Done { .. }));
         for key in self.requests.all() {
             if let Some(request) = self.requests.get(key) {
                 self.server.table.insert(request.txid, Entry::Adopted { key });
@@ -372,6 +464,7 @@ impl Device {
     }
 
     fn on_peer_request(&mut self, key: usize, header: Header, data: Option<Buf>) -> Result<(), Refusal> {
+        let serves = self.serves_borrower();
         let session = &mut self.server.sessions[key];
         match (session.channel, session.standing) {
             (_, Standing::Attached) => {}
@@ -387,6 +480,9 @@ impl Device {
         if header.epoch != self.epoch || self.retired {
             return Err(Refusal::StaleEpoch);
         }
+        if !serves {
+            return Err(Refusal::NotReady);
+        }
         if header.kind == FrameKind::Extents {
             self.answer_extents(key, header);
             return Ok(());
@@ -401,8 +497,11 @@ impl Device {
         if channel == Channel::Copier && kind != OpKind::Read {
             return Err(Refusal::WrongState);
         }
-        if channel == Channel::Guest && self.known(header.txid) {
-            return Ok(());
+        if channel == Channel::Guest {
+            self.server.above = self.server.above.max(header.txid.next());
+            if self.known(header.txid) {
+                return Ok(());
+            }
         }
         if self.server.ops.len() >= MAX_OUTSTANDING {
             return Err(Refusal::Malformed);
@@ -433,6 +532,7 @@ impl Device {
                 self.report_adopted(key);
                 true
             }
+            Some(Entry::Departed { .. }) => true,
             Some(Entry::Done { status }) => {
                 let status = status_of(*status);
                 self.reply(None, txid, status, None, 0);
@@ -442,26 +542,26 @@ impl Device {
     }
 
     fn execute(&mut self, session: u64, channel: Channel, header: Header, kind: OpKind, len: u64, buf: Buf) {
-        let waits_for: Vec<TxId> = if channel == Channel::Guest {
-            let end = header.offset.saturating_add(len);
-            self.server
-                .elders
-                .iter()
-                .filter(|(txid, (offset, len))| {
-                    **txid != header.txid && *offset < end && header.offset < offset.saturating_add(*len)
-                })
-                .map(|(txid, _)| *txid)
-                .collect()
-        } else {
-            Vec::new()
-        };
         let txid = header.txid;
+        // The copier's numbers are its own. It waits as well: what it keeps must have all of an elder, or none.
+        let itself = if channel == Channel::Guest { txid } else { TxId(0) };
+        let waits_for = self.server.elders_of(itself, header.offset, len);
         let entry = self.server.ops.vacant_entry();
         let slot = entry.key();
         let op = Op { id: OpId(SERVER_OP | slot as u64), kind, offset: header.offset, len, buf };
         let waiting = !waits_for.is_empty();
         let (held, ready) = if waiting { (Some(op), None) } else { (None, Some(op)) };
-        entry.insert(ServerOp { session, channel, txid, kind, offset: header.offset, len, waits_for, held });
+        entry.insert(ServerOp {
+            session,
+            request: None,
+            channel,
+            txid,
+            kind,
+            offset: header.offset,
+            len,
+            waits_for,
+            held,
+        });
         if channel == Channel::Guest {
             self.server.table.insert(txid, Entry::Running { op: slot });
         }
@@ -486,6 +586,16 @@ impl Device {
             );
             return;
         }
+        if let Some(key) = done.request {
+            // Its guest has come home meanwhile.
+            if let (Some(data), Some(request)) = (data, self.requests.get(key).filter(|r| !r.orphan)) {
+                request.target().copy_from_buf(0, data);
+            }
+            self.homed(done.txid);
+            self.elder_ended(done.txid);
+            self.guest_done(key, status);
+            return;
+        }
         if done.kind == OpKind::Read {
             // Reading again is harmless, keeping what was read is not cheap: a repeated read is executed again.
             self.server.table.remove(&done.txid);
@@ -497,7 +607,7 @@ impl Device {
     }
 
     /// What waited for this change may go on.
-    fn elder_ended(&mut self, txid: TxId) {
+    pub(crate) fn elder_ended(&mut self, txid: TxId) {
         if self.server.elders.remove(&txid).is_none() {
             return;
         }
@@ -508,6 +618,14 @@ impl Device {
                 && let Some(op) = op.held.take()
             {
                 ready.push(op);
+            }
+        }
+        for mut held in std::mem::take(&mut self.server.held) {
+            held.waits_for.retain(|waited| *waited != txid);
+            if held.waits_for.is_empty() {
+                ready.push(held.op);
+            } else {
+                self.server.held.push(held);
             }
         }
         for op in ready {
@@ -554,7 +672,16 @@ impl Device {
         };
         let mut payload = Vec::new();
         match extents {
-            Ok(extents) => {
+            Ok(mut extents) => {
+                // What an elder has not written yet is no hole.
+                let end = header.offset.saturating_add(header.len);
+                let elders = self
+                    .server
+                    .elders
+                    .values()
+                    .map(|(at, len)| (*at).max(header.offset)..at.saturating_add(*len).min(end));
+                extents.extend(elders.filter(|range| range.start < range.end));
+                extents.sort_unstable_by_key(|range| range.start);
                 for extent in extents {
                     payload.extend(extent.start.to_le_bytes());
                     payload.extend(extent.end.to_le_bytes());

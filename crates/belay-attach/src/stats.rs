@@ -36,8 +36,8 @@ pub struct ExchangeProgress {
 /// A device as its thread last described it.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
-    /// In which state its machine is, in words: `local`, `offered`, `parked`, `granting`, `lent`, `prepared`,
-    /// `claiming`, `remote`, `copying`, `cutting`, `retired`.
+    /// In which state its machine is, in words: `local`, `offered`, `parked`, `granting`, `lent`, `coming`, `returning`, `prepared`,
+    /// `claiming`, `failed`, `remote`, `revoking`, `gone`, `copying`, `cutting`, `retired`.
     pub state: &'static str,
     /// Its epoch.
     pub epoch: u64,

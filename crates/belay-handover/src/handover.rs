@@ -1,9 +1,17 @@
 //! The handover: how a device's attachment moves from one host to another, inside the VM's live migration.
 //!
-//! Two machines, one on each side, joined by an ordered connection. Neither knows of sockets, files or clocks.
+//! Machines on each side, joined by an ordered connection. None knows of sockets, files or clocks. [`Source`] is at
+//! the host that has the backing: it lends the device, and takes it back. [`Destination`] is where a guest comes to a
+//! backing elsewhere; once it is there, [`Borrower`] holds the device, until the guest goes home.
 
+mod borrower;
 mod destination;
+mod rings;
 mod source;
+#[cfg(test)]
+mod source_tests;
 
-pub use destination::{Destination, DestinationAction, DestinationEvent, RingStart};
+pub use borrower::{Borrower, BorrowerAction, BorrowerEvent};
+pub use destination::{Destination, DestinationAction, DestinationEvent};
+pub use rings::RingStart;
 pub use source::{Source, SourceAction, SourceEvent};

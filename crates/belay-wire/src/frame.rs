@@ -27,7 +27,8 @@ pub enum FrameKind {
     /// Client → server, first. `epoch`: the client's, `txid`: low-water mark of finished requests. Payload: JSON
     /// [`Open`](crate::control::Open).
     Open = 1,
-    /// Server → client. `epoch`: the device's. `status`: 0. Payload: JSON [`Opened`](crate::control::Opened).
+    /// Server → client. `epoch`: the device's. `txid`: above every number that the server knows of the client's guest.
+    /// Payload: JSON [`Opened`](crate::control::Opened).
     Opened = 2,
     /// Either. `status`: a [`Refusal`](crate::control::Refusal) code; payload: the reason as UTF-8. The
     /// connection ends.
@@ -51,11 +52,14 @@ pub enum FrameKind {
     Ping = 11,
     /// Either: yes. `txid`: the ping's.
     Pong = 12,
-    /// Attachment → successor: the rings have stopped. Payload: [`InflightList`](crate::InflightList).
+    /// Attachment → successor: the rings have stopped. Payload: [`InflightList`](crate::InflightList). `txid`: which
+    /// list this is. Sent by a client, it goes to the backing's host, which the guest comes home to.
     List = 13,
-    /// Attachment → successor: the rings run again, forget the list.
+    /// Attachment → successor: the rings run again, forget the list. Sent by a client (`txid`: its newest list), the
+    /// rings wait until the server has answered with the same.
     ListRevoked = 14,
-    /// Successor → attachment: my rings have started; give me the device. `epoch`: the one it will have.
+    /// Successor → attachment: my rings have started; give me the device. `epoch`: the one it will have, `txid`:
+    /// the list that the rings fit.
     Claim = 15,
     /// Attachment → successor: it is yours, durably. `epoch`: the new one.
     Grant = 16,
@@ -64,6 +68,8 @@ pub enum FrameKind {
     Extents = 17,
     /// Either: this connection ends by intention; do not dial again because of it.
     Bye = 18,
+    /// Server → client: the device has left you, durably: its guest is at this host. `epoch`: the new one.
+    Taken = 19,
 }
 
 impl FrameKind {
@@ -72,9 +78,9 @@ impl FrameKind {
     pub fn from_u8(number: u8) -> Option<Self> {
         use FrameKind::{
             Ack, Bye, Claim, Discard, Extents, Flush, Grant, List, ListRevoked, Open, Opened, Ping, Pong,
-            Read, Refused, Reply, Write, WriteZeroes,
+            Read, Refused, Reply, Taken, Write, WriteZeroes,
         };
-        const ALL: [FrameKind; 18] = [
+        const ALL: [FrameKind; 19] = [
             Open,
             Opened,
             Refused,
@@ -93,6 +99,7 @@ impl FrameKind {
             Grant,
             Extents,
             Bye,
+            Taken,
         ];
         ALL.get(usize::from(number).checked_sub(1)?).copied()
     }
@@ -260,11 +267,11 @@ mod tests {
 
     #[test]
     fn every_kind_is_found_by_its_number() {
-        for number in 1..=18 {
+        for number in 1..=19 {
             assert_eq!(FrameKind::from_u8(number).map(|kind| kind as u8), Some(number));
         }
         assert_eq!(FrameKind::from_u8(0), None);
-        assert_eq!(FrameKind::from_u8(19), None);
+        assert_eq!(FrameKind::from_u8(20), None);
     }
 
     #[test]

@@ -222,6 +222,14 @@ impl Guest {
         self.inflight_region = None;
     }
 
+    /// The VM's memory is at the other back-end, and its rings start there.
+    pub fn migrate_to(&mut self, socket: &Path) {
+        self.migrate_away();
+        self.connect(socket);
+        self.fresh_inflight_region();
+        self.start();
+    }
+
     pub fn in_flight(&self) -> usize {
         self.in_flight.len()
     }

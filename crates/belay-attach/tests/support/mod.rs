@@ -129,8 +129,18 @@ impl Host {
         }
     }
 
+    /// Opens the backend; waits for the lock of a process that died, as the agent does.
     pub fn backend(&self, spec: &BackendSpec) {
-        self.handle.send(Command::SetBackend(spec.build(BACKEND_OWNER).unwrap()));
+        let deadline = Instant::now() + PATIENCE;
+        let backend = loop {
+            match spec.build(BACKEND_OWNER) {
+                Err(belay_block::OpenError::Locked { .. }) if Instant::now() < deadline => {
+                    std::thread::yield_now();
+                }
+                opened => break opened.unwrap(),
+            }
+        };
+        self.handle.send(Command::SetBackend(backend));
     }
 
     pub fn listen(&self, path: &Path) {
@@ -175,6 +185,9 @@ impl Host {
             Notice::Claimed { epoch, .. } if self.auto_grant => {
                 self.handle.send(Command::GrantDurable { epoch })
             }
+            Notice::Returning { epoch, .. } if self.auto_grant => {
+                self.handle.send(Command::ReturnDurable { epoch })
+            }
             _ => {}
         }
         self.seen.push(text.clone());
@@ -191,6 +204,22 @@ impl Host {
     pub fn forget(&mut self) {
         self.pump();
         self.seen.clear();
+    }
+
+    /// Ends the thread as a killed process would: nothing that is under way is finished or told.
+    pub fn kill(&mut self) {
+        self.handle.send(Command::Shutdown);
+        let deadline = Instant::now() + PATIENCE;
+        while !self.has_seen("Stopped") {
+            self.pump();
+            assert!(Instant::now() < deadline, "the thread does not end; it said {:?}", self.seen);
+            std::thread::yield_now();
+        }
+    }
+
+    /// Loses the connection of the guest's channel, with whatever is on its way, and makes another one.
+    pub fn cut_link(&self) {
+        self.dial(belay_wire::control::Channel::Guest);
     }
 
     pub fn has_seen(&self, what: &str) -> bool {

@@ -193,6 +193,8 @@ pub struct Progress {
     pub skipped: u64,
 }
 
+/// The longest fetch: what the old backing's host executes as one request.
+const MAX_FETCH_BYTES: u64 = 4 << 20;
 /// Bytes whose extents are asked for at a time.
 const EXTENTS_WINDOW: u64 = 256 << 20;
 
@@ -228,8 +230,12 @@ struct GuestOp {
 
 #[derive(Clone, Copy, Debug)]
 struct Job {
+    /// Blocks that it brings here.
     from: u64,
     to: u64,
+    /// Bytes that it fetches: those blocks, or a guest's read that is too long for whole blocks.
+    at: u64,
+    len: u64,
     /// A guest read that waits for it.
     op: Option<OpId>,
     pending: u32,
@@ -271,6 +277,10 @@ pub struct Pull {
     elders: BTreeMap<OpId, u64>,
     jobs: BTreeMap<u64, Job>,
     steps: BTreeMap<StepId, Step>,
+    /// The copy may not be cut over for now.
+    held: bool,
+    /// The local side failed while the old backing's word was waited for: it decides what that means.
+    failed_in_cut: Option<i32>,
     /// Guest operations that wait for blocks, or for the end of the cut-over.
     waiting: VecDeque<OpId>,
     next_id: u64,
@@ -306,6 +316,8 @@ impl Pull {
             elders: BTreeMap::new(),
             jobs: BTreeMap::new(),
             steps: BTreeMap::new(),
+            held: false,
+            failed_in_cut: None,
             waiting: VecDeque::new(),
             next_id: 1,
             cursor: 0,
@@ -374,9 +386,9 @@ impl Pull {
 
     /// A guest operation that was given to the old backing before the copy began, and has not ended. It stays there.
     /// Nothing of a change's blocks is fetched before it has ended (the copy would be that of before, for ever), and
-    /// the old backing is not let go. Tell of all of them before anything else; [`Pull::elder_done`] when one has ended.
+    /// the old backing is not let go. Tell of all of them before anything else, except those that a guest brings whose
+    /// ring starts later: the old backing's host lets no fetch overtake them. [`Pull::elder_done`] when one has ended.
     pub fn elder(&mut self, op: OpId, kind: GuestKind, offset: u64, len: u64) {
-        assert!(self.ops.is_empty() && self.jobs.is_empty(), "elders come first");
         let holder = self.id();
         if kind == GuestKind::Change {
             let (from, to) = blocks_of(offset, len);
@@ -413,6 +425,13 @@ impl Pull {
         }
     }
 
+    /// Keeps the copy from being cut over, or lets it. `false`: the cut-over is under way, and goes on.
+    pub fn hold(&mut self, hold: bool) -> bool {
+        let possible = !hold || !self.is_cutting();
+        self.held = hold && possible;
+        possible
+    }
+
     fn begin(&mut self, op: OpId, out: &mut Vec<Action>) -> bool {
         let Some(entry) = self.ops.get(&op).copied() else { return true };
         match entry.kind {
@@ -434,6 +453,9 @@ impl Pull {
     fn begin_read(&mut self, op: OpId, entry: GuestOp, out: &mut Vec<Action>) -> bool {
         let (from, to) = blocks_of(entry.offset, entry.len);
         if self.map.has_all(from, to) {
+            if self.failed_in_cut.is_some() {
+                return false;
+            }
             self.ops.entry(op).and_modify(|entry| entry.pending = 1);
             let step = self.step(Step::ReadLocal(op));
             out.push(Action::ReadLocal { step, op });
@@ -444,7 +466,24 @@ impl Pull {
             return false;
         }
         self.ops.entry(op).and_modify(|entry| entry.pending = 1);
-        self.start_fetch(job, from, to, Some(op), out);
+        let job_of = |from: u64, to: u64, at: u64, len: u64| Job {
+            from,
+            to,
+            at,
+            len,
+            op: Some(op),
+            pending: 1,
+            copier_bytes: 0,
+        };
+        let whole = (to * BLOCK_BYTES).min(self.config.size_bytes) - from * BLOCK_BYTES;
+        let entry = if whole <= MAX_FETCH_BYTES {
+            job_of(from, to, from * BLOCK_BYTES, whole)
+        } else {
+            let (inner_from, inner_to) =
+                (entry.offset.div_ceil(BLOCK_BYTES), self.whole_end(entry.offset + entry.len));
+            job_of(inner_from, inner_to, entry.offset, entry.len)
+        };
+        self.start_fetch(job, entry, out);
         true
     }
 
@@ -494,13 +533,11 @@ impl Pull {
         if end == self.config.size_bytes { self.map.blocks() } else { end / BLOCK_BYTES }
     }
 
-    fn start_fetch(&mut self, job: u64, from: u64, to: u64, op: Option<OpId>, out: &mut Vec<Action>) {
-        let offset = from * BLOCK_BYTES;
-        let len = (to * BLOCK_BYTES).min(self.config.size_bytes) - offset;
-        let copier_bytes = if op.is_none() { len } else { 0 };
-        self.in_window += copier_bytes;
-        self.jobs.insert(job, Job { from, to, op, pending: 1, copier_bytes });
+    fn start_fetch(&mut self, job: u64, entry: Job, out: &mut Vec<Action>) {
+        self.in_window += entry.copier_bytes;
+        self.jobs.insert(job, entry);
         let step = self.step(Step::Fetch(job));
+        let Job { at: offset, len, op, .. } = entry;
         out.push(Action::Fetch { step, job, offset, len, for_guest: op.is_some() });
     }
 
@@ -519,7 +556,11 @@ impl Pull {
                 Outcome::Ok => self.op_part_done(op, outcome, out),
                 // The old backing has everything: the driver reads there once the copy is dropped.
                 Outcome::Errno(errno) => {
-                    self.abandon(errno, out);
+                    if self.phase == Phase::Ready {
+                        self.failed_in_cut = Some(errno);
+                    } else {
+                        self.abandon(errno, out);
+                    }
                     self.waiting.push_back(op);
                 }
             },
@@ -592,8 +633,7 @@ impl Pull {
         entry.pending -= 1;
         let entry = *entry;
         self.in_window -= bytes;
-        let at = entry.from * BLOCK_BYTES;
-        let len = (entry.to * BLOCK_BYTES).min(self.config.size_bytes) - at;
+        let (at, len) = (entry.at, entry.len);
         if let Some(op) = entry.op {
             if outcome == Outcome::Ok {
                 out.push(Action::Answer { op, job, at });
@@ -674,10 +714,12 @@ impl Pull {
                 if !self.locks.take(start, end, job, true) {
                     continue;
                 }
-                self.jobs.insert(job, Job { from: start, to: end, op: None, pending: 1, copier_bytes: 0 });
                 let step = self.step(Step::Store { job, from: start, to: end });
                 let offset = start * BLOCK_BYTES;
                 let len = (end * BLOCK_BYTES).min(self.config.size_bytes) - offset;
+                let entry =
+                    Job { from: start, to: end, at: offset, len, op: None, pending: 1, copier_bytes: 0 };
+                self.jobs.insert(job, entry);
                 self.progress.skipped += len;
                 out.push(Action::ZeroLocal { step, offset, len });
             }
@@ -748,7 +790,10 @@ impl Pull {
                 if self.config.bandwidth.is_some() {
                     self.allowance -= ((to - from) * BLOCK_BYTES) as f64;
                 }
-                self.start_fetch(job, from, to, None, out);
+                let at = from * BLOCK_BYTES;
+                let len = (to * BLOCK_BYTES).min(self.config.size_bytes) - at;
+                let entry = Job { from, to, at, len, op: None, pending: 1, copier_bytes: len };
+                self.start_fetch(job, entry, out);
             } else {
                 self.locks.release(job);
                 if to == self.map.blocks() {
@@ -795,7 +840,7 @@ impl Pull {
     }
 
     fn begin_cut(&mut self, out: &mut Vec<Action>) {
-        if self.phase == Phase::Copying {
+        if self.phase == Phase::Copying && !self.held {
             self.phase = Phase::Draining;
             self.go_on(out);
         }
@@ -833,6 +878,9 @@ impl Pull {
         if self.is_cutting() {
             self.phase = Phase::Copying;
             self.pause_until = now + Duration::from_secs(1);
+            if let Some(errno) = self.failed_in_cut.take() {
+                self.abandon(errno, out);
+            }
             self.go_on(out);
         }
     }

@@ -18,6 +18,7 @@ use crate::device::{HandoverFigures, Managed};
 use crate::error::AgentError;
 use crate::events::Events;
 use crate::ledger::{DeviceRecord, Ledger, Mode, RoleRecord, SCHEMA, allowed};
+use crate::metrics::Counts;
 use crate::operation::Operations;
 use crate::vm::Vms;
 
@@ -40,6 +41,8 @@ pub struct Agent {
     pub operations: Operations,
     /// Its VMs.
     pub vms: Vms,
+    /// What it counts for its metrics.
+    pub counts: Counts,
     /// Held while a device is prepared for a peer: the same call twice may not start it twice.
     pub(crate) preparing: tokio::sync::Mutex<()>,
     devices: Mutex<BTreeMap<String, Arc<Managed>>>,
@@ -57,6 +60,7 @@ impl Agent {
             events: Events::default(),
             operations: Operations::default(),
             vms: Vms::default(),
+            counts: Counts::default(),
             preparing: tokio::sync::Mutex::default(),
             devices: Mutex::default(),
             clients: Mutex::default(),
@@ -278,8 +282,12 @@ impl Agent {
         match notice {
             Notice::NeedConnection { peer, channel } => self.dial(device, peer.clone(), *channel),
             Notice::Claimed { by, epoch, in_flight } => self.grant(device, by, *epoch, *in_flight).await,
-            Notice::Granted { epoch } => note("handover", format!("granted, epoch {epoch}")),
+            Notice::Granted { epoch } => {
+                Counts::add(&self.counts.handovers_out);
+                note("handover", format!("granted, epoch {epoch}"));
+            }
             Notice::Attached { epoch, in_flight, grant_ms } => {
+                Counts::add(&self.counts.handovers_in);
                 note(
                     "handover",
                     format!(
@@ -311,7 +319,10 @@ impl Agent {
                 note("exchange", "cancelled, the device stays remote".to_owned());
                 self.back_to_remote(device).await;
             }
-            Notice::ExchangeDone => note("exchange", "done: the device is local".to_owned()),
+            Notice::ExchangeDone => {
+                Counts::add(&self.counts.exchanges);
+                note("exchange", "done: the device is local".to_owned());
+            }
             Notice::Link { peer, up: true, .. } => note("link", format!("connected to {peer}")),
             Notice::Link { peer, up: false, reason } => {
                 note("link", format!("lost {peer}: {}", reason.as_deref().unwrap_or("no reason given")));

@@ -8,6 +8,7 @@ use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use belay_block::BackendSpec;
@@ -27,6 +28,9 @@ use crate::offer::{OfferView, WithdrawView};
 use crate::operation::OperationView;
 use crate::view::{DeviceView, device_view};
 use crate::vm::VmView;
+
+/// What the metrics are.
+const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 type Shared = State<Arc<Agent>>;
 type Answer<T> = Result<Json<T>, AgentError>;
@@ -108,12 +112,14 @@ fn yes() -> bool {
 
 /// A new size.
 #[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct Resize {
     size_bytes: u64,
 }
 
 /// An exchange to begin or change.
 #[derive(Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct ExchangeBody {
     /// Bytes per second; none: no limit.
     bandwidth: Option<u64>,
@@ -124,12 +130,14 @@ pub struct ExchangeBody {
 
 /// A VM to be started.
 #[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct RunVm {
     spec_toml: String,
 }
 
 /// A VM to be adopted.
 #[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct AdoptVm {
     name: String,
     #[schema(value_type = String)]
@@ -141,6 +149,7 @@ pub struct AdoptVm {
 
 /// A migration.
 #[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct MigrateBody {
     to: String,
     /// `follow` (default) or `stay`.
@@ -174,8 +183,9 @@ pub struct Aborted {
     message: String,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, utoipa::IntoParams)]
 struct Follow {
+    /// Do not end with what is kept.
     #[serde(default)]
     follow: bool,
 }
@@ -201,10 +211,47 @@ struct Follow {
         stop_vm,
         migrate,
         operation,
-        abort
-    )
+        abort,
+        events,
+        metrics,
+        openapi
+    ),
+    components(schemas(AgentError))
 )]
 struct Description;
+
+/// The API's description. What all calls have in common is added here: the names in their paths, and errors.
+fn description() -> utoipa::openapi::OpenApi {
+    use utoipa::openapi::path::{ParameterBuilder, ParameterIn};
+    use utoipa::openapi::{ContentBuilder, Ref, RefOr, Required, ResponseBuilder, schema};
+    let mut description = Description::openapi();
+    let content = ContentBuilder::new().schema(Some(Ref::from_schema_name("AgentError"))).build();
+    let error = ResponseBuilder::new()
+        .description("It was not done, and why")
+        .content("application/json", content)
+        .build();
+    for (path, item) in &mut description.paths.paths {
+        let named: Vec<&str> =
+            path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}')).collect();
+        for call in [&mut item.get, &mut item.post, &mut item.patch, &mut item.delete].into_iter().flatten() {
+            call.responses.responses.insert("default".to_owned(), error.clone().into());
+            let parameters = call.parameters.get_or_insert_default();
+            for name in &named {
+                if parameters.iter().any(|known| matches!(known, RefOr::T(known) if known.name == *name)) {
+                    continue;
+                }
+                let text = schema::ObjectBuilder::new().schema_type(schema::Type::String).build();
+                let parameter = ParameterBuilder::new()
+                    .name(*name)
+                    .parameter_in(ParameterIn::Path)
+                    .required(Required::True)
+                    .schema(Some(text));
+                parameters.push(parameter.build().into());
+            }
+        }
+    }
+    description
+}
 
 /// The whole API.
 pub fn router(agent: Arc<Agent>) -> Router {
@@ -223,7 +270,7 @@ pub fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/operations/{id}", get(operation))
         .route("/v1/operations/{id}/abort", post(abort))
         .route("/metrics", get(metrics))
-        .route("/openapi.json", get(|| async { Json(Description::openapi()) }))
+        .route("/openapi.json", get(openapi))
         .fallback(|| async {
             AgentError::not_found("there is no such call; `belay api` describes those that are")
         })
@@ -264,6 +311,8 @@ async fn status(State(agent): Shared) -> Json<StatusView> {
     })
 }
 
+/// Events as lines of JSON: those that are kept and, with `follow`, those that come.
+#[utoipa::path(get, path = "/v1/events", params(Follow), responses((status = 200, body = Event, content_type = "application/x-ndjson")))]
 async fn events(State(agent): Shared, Query(follow): Query<Follow>) -> Response {
     fn line(event: &Event) -> Result<Bytes, std::convert::Infallible> {
         let mut text = serde_json::to_string(event).unwrap_or_default();
@@ -467,6 +516,77 @@ async fn abort(State(agent): Shared, Path(id): Path<String>) -> Answer<Aborted> 
     Ok(Json(Aborted { aborted, message: message.to_owned() }))
 }
 
+/// Metrics in the OpenMetrics text format.
+#[utoipa::path(get, path = "/metrics", responses((status = 200, body = String, content_type = METRICS_TYPE)))]
 async fn metrics(State(agent): Shared) -> Response {
-    crate::metrics::render(&device_views(&agent)).into_response()
+    ([(CONTENT_TYPE, METRICS_TYPE)], crate::metrics::render(&agent)).into_response()
+}
+
+/// This description.
+#[utoipa::path(get, path = "/openapi.json", responses((status = 200, body = Object)))]
+async fn openapi() -> Json<utoipa::openapi::OpenApi> {
+    Json(description())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use serde_json::Value;
+
+    use super::*;
+
+    /// Path and method of every route in this file's text.
+    fn routes() -> BTreeSet<(String, String)> {
+        let mut routes = BTreeSet::new();
+        for line in include_str!("api.rs").lines() {
+            let Some(rest) = line.trim().strip_prefix(".route(\"") else { continue };
+            let (path, handlers) = rest.split_once('"').unwrap();
+            for method in ["get", "post", "patch", "delete"] {
+                if handlers.contains(&format!("{method}(")) {
+                    routes.insert((path.to_owned(), method.to_owned()));
+                }
+            }
+        }
+        routes
+    }
+
+    #[test]
+    fn description_has_every_route_with_its_parameters_and_errors_and_nothing_else() {
+        let description = serde_json::to_value(description()).unwrap();
+        let mut described = BTreeSet::new();
+        for (path, item) in description["paths"].as_object().unwrap() {
+            for (method, call) in item.as_object().unwrap() {
+                described.insert((path.clone(), method.clone()));
+                assert!(call["responses"]["default"].is_object(), "{method} {path} has no error");
+                let named = path.matches('{').count();
+                let parameters = call["parameters"].as_array().unwrap();
+                assert_eq!(parameters.iter().filter(|p| p["in"] == "path").count(), named, "{method} {path}");
+            }
+        }
+        assert_eq!(described, routes());
+        assert!(described.len() > 15, "the routes are not found in the text any more");
+    }
+
+    #[test]
+    fn every_schema_that_is_referred_to_is_described() {
+        fn references(value: &Value, found: &mut BTreeSet<String>) {
+            match value {
+                Value::Object(fields) => {
+                    found.extend(fields.get("$ref").and_then(Value::as_str).map(str::to_owned));
+                    fields.values().for_each(|value| references(value, found));
+                }
+                Value::Array(values) => values.iter().for_each(|value| references(value, found)),
+                _ => {}
+            }
+        }
+        let description = serde_json::to_value(description()).unwrap();
+        let mut found = BTreeSet::new();
+        references(&description, &mut found);
+        assert!(found.len() > 10, "{found:?}");
+        for reference in found {
+            let pointer = reference.strip_prefix('#').unwrap();
+            assert!(description.pointer(pointer).is_some(), "{reference} is not described");
+        }
+    }
 }

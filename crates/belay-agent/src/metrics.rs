@@ -1,57 +1,274 @@
-//! Prometheus metrics, made from what the devices' threads say.
+//! Prometheus metrics, made from what the devices' threads say. Base units: seconds, bytes.
 
-use prometheus_client::encoding::EncodeLabelSet;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use belay_attach::{ExchangeProgress, LATENCY_BOUNDS_US, Snapshot};
+use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::registry::Registry;
+use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::{Registry, Unit};
 
-use crate::view::DeviceView;
+use crate::agent::Agent;
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Labels {
-    device: String,
+/// What the agent counts itself, since it started.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Devices that came here with their VM.
+    pub handovers_in: AtomicU64,
+    /// Devices that left with their VM.
+    pub handovers_out: AtomicU64,
+    /// Exchanges that were cut over here.
+    pub exchanges: AtomicU64,
 }
 
-type Reading = fn(&DeviceView) -> u64;
+impl Counts {
+    pub(crate) fn add(count: &AtomicU64) {
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+}
 
-/// The metrics of these devices, as text.
+/// All that is measured at one moment.
+#[derive(Debug)]
+struct Moment {
+    version: &'static str,
+    /// Name, and what its thread says.
+    devices: Vec<(String, Snapshot)>,
+    vms: u64,
+    /// Direction and number.
+    handovers: [(&'static str, u64); 2],
+    exchanges: u64,
+    /// State and number.
+    migrations: Vec<(String, u64)>,
+}
+
+/// The metrics, as text.
 #[must_use]
-pub fn render(devices: &[DeviceView]) -> String {
+pub fn render(agent: &Agent) -> String {
+    let mut migrations: Vec<(String, u64)> =
+        ["running", "done", "failed", "cancelled"].map(|state| (state.to_owned(), 0)).into();
+    for operation in agent.operations.all() {
+        let view = operation.view();
+        let known = migrations.iter_mut().find(|(state, _)| view.kind == "migrate" && *state == view.state);
+        if let Some((_, count)) = known {
+            *count += 1;
+        }
+    }
+    let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+    text(Moment {
+        version: env!("CARGO_PKG_VERSION"),
+        devices: agent.devices().iter().map(|device| (device.name(), device.snapshot())).collect(),
+        vms: agent.vms.all().len() as u64,
+        handovers: [("in", load(&agent.counts.handovers_in)), ("out", load(&agent.counts.handovers_out))],
+        exchanges: load(&agent.counts.exchanges),
+        migrations,
+    })
+}
+
+fn text(moment: Moment) -> String {
     let mut registry = Registry::with_prefix("belay");
-    let counters: [(&str, &str, Reading); 6] = [
-        ("requests", "Guest requests completed", |view| view.requests),
-        ("request_errors", "Guest requests that ended with an error", |view| view.errors),
-        ("read_bytes", "Bytes read by the guest", |view| view.read_bytes),
-        ("written_bytes", "Bytes written by the guest", |view| view.written_bytes),
-        ("served_requests", "Requests executed for another host's guest", |view| view.served),
-        ("exchange_copied_bytes", "Bytes fetched by the exchange", |view| {
-            view.exchange.map_or(0, |e| e.copied_bytes)
-        }),
-    ];
-    for (name, help, reading) in counters {
-        let family = Family::<Labels, Counter>::default();
-        for view in devices {
-            family.get_or_create(&Labels { device: view.name.clone() }).inc_by(reading(view));
-        }
-        registry.register(name, help, family);
-    }
-    let gauges: [(&str, &str, Reading); 4] = [
-        ("in_flight_requests", "Guest requests in flight", |view| view.in_flight),
-        ("epoch", "The device's epoch", |view| view.epoch),
-        ("link_up", "Whether the connection to the backing is up", |view| u64::from(view.link_up)),
-        ("vmm_connected", "Whether a VMM is connected", |view| u64::from(view.vmm_connected)),
-    ];
-    for (name, help, reading) in gauges {
-        let family = Family::<Labels, Gauge>::default();
-        for view in devices {
-            let value = i64::try_from(reading(view)).unwrap_or(i64::MAX);
-            family.get_or_create(&Labels { device: view.name.clone() }).set(value);
-        }
-        registry.register(name, help, family);
-    }
+    registry.register_collector(Box::new(moment));
     let mut text = String::new();
+    // Writing to a string does not fail.
     let _ = encode(&mut text, &registry);
     text
+}
+
+type Reading = fn(&Snapshot) -> u64;
+
+/// Name, help and reading of what only grows while the device is here.
+const COUNTERS: [(&str, &str, Option<Unit>, Reading); 9] = [
+    ("requests", "Guest requests completed", None, |s| s.requests),
+    ("request_errors", "Guest requests that ended with an error", None, |s| s.errors),
+    ("bad_requests", "Malformed requests of the guest", None, |s| s.bad_requests),
+    ("read", "Data read by the guest", Some(Unit::Bytes), |s| s.read_bytes),
+    ("written", "Data written by the guest", Some(Unit::Bytes), |s| s.written_bytes),
+    ("served_requests", "Requests executed for another host's guest", None, |s| s.served),
+    ("fenced_requests", "Requests and connections of an epoch that is over, refused", None, |s| s.fenced),
+    ("link_received", "Data received from other hosts", Some(Unit::Bytes), |s| s.link_in_bytes),
+    ("link_sent", "Data sent to other hosts", Some(Unit::Bytes), |s| s.link_out_bytes),
+];
+
+const GAUGES: [(&str, &str, Reading); 5] = [
+    ("requests_in_flight", "Guest requests in flight", |s| s.in_flight),
+    ("epoch", "How often the device's attachment has moved", |s| s.epoch),
+    ("link_up", "Whether the connection to the backing's host is up", |s| s.link_up as u64),
+    ("vmm_connected", "Whether a VMM is connected", |s| s.vmm_connected as u64),
+    ("rings_running", "Rings of the guest that run", |s| s.rings_running as u64),
+];
+
+type Progress = fn(&ExchangeProgress) -> u64;
+
+/// Of exchanges that run: a device that is not copied has none of these.
+const EXCHANGE: [(&str, &str, Progress); 5] = [
+    ("exchange_size", "Size of a device that is copied here", |e| e.total_bytes),
+    ("exchange_local", "Data of it that is here", |e| e.local_bytes),
+    ("exchange_copied", "Data of it that was fetched", |e| e.copied_bytes),
+    ("exchange_echoed", "Guest writes that went to both hosts", |e| e.echoed_bytes),
+    ("exchange_skipped", "Holes and zeroes that were not sent", |e| e.skipped_bytes),
+];
+
+impl Collector for Moment {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let info = "Version of this agent";
+        encoder
+            .encode_descriptor("agent", info, None, MetricType::Info)?
+            .encode_info(&[("version", self.version)])?;
+        let mut vms = encoder.encode_descriptor("vms", "VMs of this host", None, MetricType::Gauge)?;
+        vms.encode_gauge(&signed(self.vms))?;
+        let text = "Exchanges that were cut over here";
+        let mut exchanges = encoder.encode_descriptor("exchanges", text, None, MetricType::Counter)?;
+        exchanges.encode_counter::<NoLabelSet, u64, f64>(&self.exchanges, None)?;
+        let text = "Devices that came (in) or left (out) with their VM";
+        let mut handovers = encoder.encode_descriptor("handovers", text, None, MetricType::Counter)?;
+        for (direction, count) in &self.handovers {
+            let labels = [("direction", *direction)];
+            handovers.encode_family(&labels)?.encode_counter::<NoLabelSet, u64, f64>(count, None)?;
+        }
+        let text = "Migrations since the agent started";
+        let mut migrations = encoder.encode_descriptor("migrations", text, None, MetricType::Gauge)?;
+        for (state, count) in &self.migrations {
+            migrations.encode_family(&[("state", state.as_str())])?.encode_gauge(&signed(*count))?;
+        }
+        self.encode_devices(encoder)
+    }
+}
+
+impl Moment {
+    fn encode_devices(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        for (name, help, unit, reading) in &COUNTERS {
+            let mut metric = encoder.encode_descriptor(name, help, unit.as_ref(), MetricType::Counter)?;
+            for (device, snapshot) in &self.devices {
+                let labels = [("device", device.as_str())];
+                metric
+                    .encode_family(&labels)?
+                    .encode_counter::<NoLabelSet, u64, f64>(&reading(snapshot), None)?;
+            }
+        }
+        for (name, help, reading) in GAUGES {
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for (device, snapshot) in &self.devices {
+                let labels = [("device", device.as_str())];
+                metric.encode_family(&labels)?.encode_gauge(&signed(reading(snapshot)))?;
+            }
+        }
+        for (name, help, reading) in EXCHANGE {
+            let mut metric = encoder.encode_descriptor(name, help, Some(&Unit::Bytes), MetricType::Gauge)?;
+            for (device, snapshot) in &self.devices {
+                let Some(exchange) = &snapshot.exchange else { continue };
+                let labels = [("device", device.as_str())];
+                metric.encode_family(&labels)?.encode_gauge(&signed(reading(exchange)))?;
+            }
+        }
+        self.encode_latency(encoder)
+    }
+
+    fn encode_latency(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let help = "How long guest requests took";
+        let kind = MetricType::Histogram;
+        let mut metric = encoder.encode_descriptor("request_duration", help, Some(&Unit::Seconds), kind)?;
+        for (device, snapshot) in &self.devices {
+            let histogram = &snapshot.latency_histogram;
+            let bounds = LATENCY_BOUNDS_US.iter().map(|us| *us as f64 / 1e6).chain([f64::INFINITY]);
+            let buckets: Vec<(f64, u64)> = bounds.zip(histogram.counts).collect();
+            let (sum, count) = (histogram.sum_us as f64 / 1e6, histogram.counts.iter().sum());
+            let labels = [("device", device.as_str())];
+            metric.encode_family(&labels)?.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
+        }
+        Ok(())
+    }
+}
+
+fn signed(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use belay_attach::LatencyHistogram;
+
+    use super::*;
+
+    fn moment() -> Moment {
+        let mut latency_histogram = LatencyHistogram::default();
+        latency_histogram.counts[0] = 3;
+        latency_histogram.counts[LATENCY_BOUNDS_US.len()] = 1;
+        latency_histogram.sum_us = 11_000_000;
+        let exchange = ExchangeProgress { total_bytes: 100, local_bytes: 40, ..ExchangeProgress::default() };
+        let busy = Snapshot {
+            requests: 4,
+            read_bytes: 4096,
+            fenced: 2,
+            link_up: true,
+            latency_histogram,
+            exchange: Some(exchange),
+            ..Snapshot::default()
+        };
+        Moment {
+            version: "1.2.3",
+            devices: vec![("a\"b".into(), busy), ("idle".into(), Snapshot::default())],
+            vms: 1,
+            handovers: [("in", 5), ("out", 6)],
+            exchanges: 7,
+            migrations: vec![("done".into(), 8)],
+        }
+    }
+
+    /// The samples of a text, as a scraper reads them: name and labels, value. Panics at what is none.
+    fn samples(text: &str) -> BTreeMap<String, f64> {
+        let mut families = BTreeSet::new();
+        let mut samples = BTreeMap::new();
+        assert!(text.ends_with("# EOF\n"));
+        for line in text.lines() {
+            if let Some(comment) = line.strip_prefix("# ") {
+                let words: Vec<&str> = comment.splitn(3, ' ').collect();
+                assert!(words == ["EOF"] || ["HELP", "TYPE", "UNIT"].contains(&words[0]), "{line}");
+                families.extend((words[0] == "TYPE").then(|| words[1].to_owned()));
+                continue;
+            }
+            let (name, value) = line.rsplit_once(' ').unwrap();
+            let family = name.split('{').next().unwrap();
+            assert!(family.starts_with("belay_"), "{line}");
+            assert!(families.iter().any(|known| family.starts_with(known.as_str())), "{line} has no type");
+            assert!(name.matches('{').count() == name.matches('}').count(), "{line}");
+            let value = value.parse().unwrap_or_else(|_| panic!("{line}"));
+            assert!(samples.insert(name.to_owned(), value).is_none(), "{line} is there twice");
+        }
+        samples
+    }
+
+    #[test]
+    fn text_is_what_scrapers_read_and_has_base_units() {
+        let samples = samples(&text(moment()));
+        for (name, value) in [
+            ("belay_agent_info{version=\"1.2.3\"}", 1.0),
+            ("belay_vms", 1.0),
+            ("belay_exchanges_total", 7.0),
+            ("belay_handovers_total{direction=\"out\"}", 6.0),
+            ("belay_migrations{state=\"done\"}", 8.0),
+            ("belay_requests_total{device=\"a\\\"b\"}", 4.0),
+            ("belay_read_bytes_total{device=\"a\\\"b\"}", 4096.0),
+            ("belay_fenced_requests_total{device=\"a\\\"b\"}", 2.0),
+            ("belay_link_up{device=\"a\\\"b\"}", 1.0),
+            ("belay_link_up{device=\"idle\"}", 0.0),
+            ("belay_exchange_local_bytes{device=\"a\\\"b\"}", 40.0),
+            ("belay_request_duration_seconds_sum{device=\"a\\\"b\"}", 11.0),
+            ("belay_request_duration_seconds_count{device=\"a\\\"b\"}", 4.0),
+        ] {
+            assert_eq!(samples.get(name), Some(&value), "{name} in {samples:#?}");
+        }
+        assert!(!samples.contains_key("belay_exchange_local_bytes{device=\"idle\"}"));
+    }
+
+    #[test]
+    fn buckets_of_the_latency_are_cumulative() {
+        let samples = samples(&text(moment()));
+        let bucket = |le: &str| {
+            samples[&format!("belay_request_duration_seconds_bucket{{le=\"{le}\",device=\"a\\\"b\"}}")]
+        };
+        assert_eq!((bucket("0.00005"), bucket("10.0"), bucket("+Inf")), (3.0, 3.0, 4.0));
+    }
 }

@@ -660,6 +660,7 @@ impl Device {
             read_bytes: self.counters.read_bytes,
             written_bytes: self.counters.written_bytes,
             latency: self.counters.latency(),
+            latency_histogram: self.counters.buckets,
             last_completion_ns: self.counters.last_completion_ns,
             first_completion_ns: self.counters.first_completion_ns,
             rings_stopped_ns: self.counters.rings_stopped_ns,
@@ -668,6 +669,7 @@ impl Device {
             link_in_bytes: link_in,
             link_out_bytes: link_out,
             served: self.counters.served,
+            fenced: self.counters.fenced,
             exchange: self.exchange.as_ref().map(|exchange| exchange.progress()),
             last_exchange: self.last_exchange,
         }

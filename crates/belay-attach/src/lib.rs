@@ -23,4 +23,4 @@ pub use conn::PeerSocket;
 pub use device::BACKEND_OWNER;
 pub use handle::{Command, DeviceConfig, DeviceHandle, ExchangeOptions, LinkTimes, Notice, Role};
 pub use open::{OpenFrameError, read_open};
-pub use stats::{ExchangeProgress, Latency, Snapshot};
+pub use stats::{ExchangeProgress, LATENCY_BOUNDS_US, Latency, LatencyHistogram, Snapshot};

@@ -280,6 +280,9 @@ impl Device {
     /// Tells a peer why not, as far as it can be told.
     pub(crate) fn refuse(&mut self, conn: &mut DataConn, refusal: Refusal) {
         tracing::warn!(device = %self.identity.name, peer = %conn.peer, %refusal, "refused a peer");
+        if refusal == Refusal::StaleEpoch {
+            self.counters.fenced += 1;
+        }
         let mut header = Header::new(FrameKind::Refused);
         header.status = refusal as i32;
         header.epoch = self.epoch;

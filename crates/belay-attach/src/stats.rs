@@ -7,6 +7,27 @@ use hdrhistogram::Histogram;
 /// Longest latency told apart, in microseconds (100 s).
 const HIGHEST_US: u64 = 100_000_000;
 
+/// Upper ends of the latency histogram's buckets, in microseconds; one more bucket holds what took longer.
+pub const LATENCY_BOUNDS_US: [u64; 14] =
+    [50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 1_000_000, 10_000_000];
+
+/// How long guest requests took since the thread started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LatencyHistogram {
+    /// Requests in each bucket.
+    pub counts: [u64; LATENCY_BOUNDS_US.len() + 1],
+    /// All of their latencies together, in microseconds.
+    pub sum_us: u64,
+}
+
+impl LatencyHistogram {
+    fn record(&mut self, took_us: u64) {
+        let bucket = LATENCY_BOUNDS_US.partition_point(|bound| *bound < took_us);
+        self.counts[bucket] += 1;
+        self.sum_us = self.sum_us.saturating_add(took_us);
+    }
+}
+
 /// Latency of guest requests within a stretch of time, in microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Latency {
@@ -59,6 +80,8 @@ pub struct Snapshot {
     pub written_bytes: u64,
     /// Latency since the thread started.
     pub latency: Latency,
+    /// The same, to be added up over time and devices.
+    pub latency_histogram: LatencyHistogram,
     /// When the guest was last given a completion: nanoseconds of the host's monotonic clock; 0: never.
     pub last_completion_ns: u64,
     /// When the first completion after the last start of the rings was given, same clock; 0: none yet.
@@ -75,6 +98,8 @@ pub struct Snapshot {
     pub link_out_bytes: u64,
     /// Requests executed for a peer's guest.
     pub served: u64,
+    /// Connections and requests of a peer refused because their epoch is over.
+    pub fenced: u64,
     /// The running exchange.
     pub exchange: Option<ExchangeProgress>,
     /// The last one that was cut over here.
@@ -84,6 +109,8 @@ pub struct Snapshot {
 /// Counters that only the thread touches.
 pub(crate) struct Counters {
     histogram: Histogram<u64>,
+    pub(crate) buckets: LatencyHistogram,
+    pub(crate) fenced: u64,
     pub(crate) requests: u64,
     pub(crate) errors: u64,
     pub(crate) bad_requests: u64,
@@ -102,6 +129,8 @@ impl Counters {
         let histogram = Histogram::new_with_bounds(1, HIGHEST_US, 2).expect("constant bounds are valid");
         Self {
             histogram,
+            buckets: LatencyHistogram::default(),
+            fenced: 0,
             requests: 0,
             errors: 0,
             bad_requests: 0,
@@ -121,7 +150,9 @@ impl Counters {
         if !ok {
             self.errors += 1;
         }
-        self.histogram.saturating_record(u64::try_from(took.as_micros()).unwrap_or(HIGHEST_US).max(1));
+        let took_us = u64::try_from(took.as_micros()).unwrap_or(HIGHEST_US);
+        self.histogram.saturating_record(took_us.max(1));
+        self.buckets.record(took_us);
     }
 
     pub(crate) fn latency(&self) -> Latency {
@@ -142,4 +173,20 @@ pub(crate) fn monotonic_ns() -> u64 {
 /// The time since `earlier`, 0 if it lies in the future.
 pub(crate) fn since(now: Instant, earlier: Instant) -> Duration {
     now.saturating_duration_since(earlier)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn latency_is_counted_in_the_bucket_whose_end_it_does_not_exceed() {
+        let mut histogram = LatencyHistogram::default();
+        for took_us in [0, 50, 51, 10_000_000, 10_000_001] {
+            histogram.record(took_us);
+        }
+        assert_eq!((histogram.counts[0], histogram.counts[1]), (2, 1));
+        assert_eq!((histogram.counts[13], histogram.counts[14]), (1, 1));
+        assert_eq!(histogram.sum_us, 20_000_102);
+    }
 }

@@ -11,9 +11,6 @@ use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use belay_block::BackendSpec;
-use belay_wire::device::{BlockGeometry, DeviceClass};
-use belay_wire::{DeviceId, DeviceIdentity};
 use futures_util::StreamExt;
 use serde::{Deserialize, Serialize};
 use tokio_stream::wrappers::BroadcastStream;
@@ -24,6 +21,7 @@ use crate::agent::Agent;
 use crate::error::AgentError;
 use crate::events::Event;
 use crate::ledger::Mode;
+use crate::new_device::NewDevice;
 use crate::offer::{OfferView, WithdrawView};
 use crate::operation::OperationView;
 use crate::view::{DeviceView, device_view};
@@ -72,42 +70,6 @@ pub struct HostView {
     name: String,
     /// Where its agent is.
     addresses: Vec<String>,
-}
-
-/// A device to be added.
-#[derive(Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct AddDevice {
-    name: String,
-    /// A regular file or a block device.
-    #[schema(value_type = String)]
-    path: PathBuf,
-    /// Create the file with this size in bytes if it is missing.
-    size_bytes: Option<u64>,
-    #[serde(default = "one")]
-    queues: u16,
-    #[serde(default = "sector")]
-    block_bytes: u32,
-    #[serde(default)]
-    read_only: bool,
-    serial: Option<String>,
-    vm: Option<String>,
-    /// Hold every operation so long, in microseconds (for tests and demonstrations).
-    delay_us: Option<u64>,
-    #[serde(default = "yes")]
-    direct: bool,
-}
-
-fn one() -> u16 {
-    1
-}
-
-fn sector() -> u32 {
-    512
-}
-
-fn yes() -> bool {
-    true
 }
 
 /// A new size.
@@ -339,52 +301,9 @@ async fn device(State(agent): Shared, Path(name): Path<String>) -> Answer<Device
     Ok(Json(device_view(&agent, &*agent.device(&name)?)))
 }
 
-#[utoipa::path(post, path = "/v1/devices", request_body = AddDevice, responses((status = 200, body = DeviceView)))]
+#[utoipa::path(post, path = "/v1/devices", request_body = NewDevice, responses((status = 200, body = DeviceView)))]
 async fn add_device(State(agent): Shared, bytes: Bytes) -> Answer<DeviceView> {
-    let request: AddDevice = body(&bytes)?;
-    if !(1..=64).contains(&request.queues) {
-        return Err(AgentError::usage(format!("{} queues: a disk has 1 to 64", request.queues)));
-    }
-    if request.block_bytes != 512 && request.block_bytes != 4096 {
-        return Err(AgentError::usage(format!("a block size of {}: 512 or 4096", request.block_bytes)));
-    }
-    if let Some(size) = request.size_bytes
-        && !request.path.exists()
-    {
-        if size == 0 || !size.is_multiple_of(4096) {
-            return Err(AgentError::usage(format!("a size of {size} bytes: a disk has a multiple of 4096")));
-        }
-        let made = std::fs::File::create_new(&request.path).and_then(|file| file.set_len(size));
-        made.map_err(|error| {
-            AgentError::failed(format!("cannot create {}: {error}", request.path.display()))
-        })?;
-    }
-    let serial = request.serial.unwrap_or_else(|| request.name.chars().take(20).collect());
-    if serial.len() > 20 || !serial.is_ascii() {
-        return Err(AgentError::usage(format!("serial {serial:?}: at most 20 bytes of ASCII")));
-    }
-    let geometry = BlockGeometry {
-        size_bytes: 0,
-        block_bytes: request.block_bytes,
-        queues: request.queues,
-        queue_entries: 256,
-        read_only: request.read_only,
-        serial,
-    };
-    let identity = DeviceIdentity {
-        id: DeviceId::random(),
-        name: request.name,
-        vm: request.vm,
-        class: DeviceClass::Block(geometry),
-    };
-    let path = std::path::absolute(&request.path).unwrap_or(request.path);
-    let backend = BackendSpec {
-        direct: request.direct,
-        read_only: request.read_only,
-        delay_us: request.delay_us,
-        ..BackendSpec::file(path)
-    };
-    let device = agent.add_device(identity, backend).await?;
+    let device = agent.add_new_device(&body(&bytes)?).await?;
     Ok(Json(device_view(&agent, &device)))
 }
 

@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::new_device::NewDevice;
+
 /// Why a configuration is not used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("cannot read {path}: {source}", path = .path.display())]
+    #[error("cannot read the configuration {path}: {source}", path = .path.display())]
     Read {
         /// Which.
         path: PathBuf,
@@ -51,6 +53,8 @@ pub struct Config {
     pub exchange: ExchangeConfig,
     /// The threads that serve devices.
     pub data_plane: DataPlaneConfig,
+    /// Devices that are added when the agent starts, if this host has never had one of that name.
+    pub device: Vec<NewDevice>,
 }
 
 /// `[link]`.
@@ -110,6 +114,7 @@ impl Default for Config {
             vmm: VmmConfig::default(),
             exchange: ExchangeConfig::default(),
             data_plane: DataPlaneConfig::default(),
+            device: Vec::new(),
         }
     }
 }
@@ -140,7 +145,8 @@ impl Config {
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path)
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        Self::parse(&text).map_err(|message| ConfigError::Invalid { path: path.to_owned(), message })
+        let parsed = Self::parse(&text).and_then(|config| config.check().map(|()| config));
+        parsed.map_err(|message| ConfigError::Invalid { path: path.to_owned(), message })
     }
 
     /// Reads a text.
@@ -155,6 +161,30 @@ impl Config {
                 None => message,
             }
         })
+    }
+
+    /// What types cannot say.
+    fn check(&self) -> Result<(), String> {
+        let link = &self.link;
+        if link.listen.parse::<std::net::SocketAddr>().is_err() {
+            return Err(format!(
+                "link.listen = {:?}: write ADDRESS:PORT, such as \"0.0.0.0:7420\"",
+                link.listen
+            ));
+        }
+        if link.heartbeat_ms == 0 || link.dead_after_ms <= link.heartbeat_ms {
+            return Err(format!(
+                "link.dead_after_ms = {}: it must be more than link.heartbeat_ms = {}, and that more than 0",
+                link.dead_after_ms, link.heartbeat_ms
+            ));
+        }
+        if self.exchange.in_flight_bytes == 0 {
+            return Err("exchange.in_flight_bytes = 0: nothing could be copied".to_owned());
+        }
+        match self.vmm.migration_address.as_deref().map(str::parse::<std::net::IpAddr>) {
+            Some(Err(_)) => Err("vmm.migration_address: write an IP address".to_owned()),
+            _ => Ok(()),
+        }
     }
 
     /// Where certificates and keys are.
@@ -214,7 +244,67 @@ mod tests {
     }
 
     #[test]
-    fn value_of_a_wrong_type_is_an_error() {
-        assert!(Config::parse("[exchange]\nin_flight_bytes = \"much\"\n").is_err());
+    fn value_of_a_wrong_type_is_an_error_with_its_line() {
+        let error = Config::parse("[exchange]\nin_flight_bytes = \"much\"\n").unwrap_err();
+        assert!(error.contains("line 2") && error.contains("expected u64"), "{error}");
+    }
+
+    #[test]
+    fn values_that_cannot_be_are_refused_by_their_key() {
+        for (text, key) in [
+            ("[link]\nlisten = \"7420\"", "link.listen"),
+            ("[link]\nheartbeat_ms = 0", "link.dead_after_ms"),
+            ("[link]\ndead_after_ms = 500", "link.dead_after_ms"),
+            ("[exchange]\nin_flight_bytes = 0", "exchange.in_flight_bytes"),
+            ("[vmm]\nmigration_address = \"host-a\"", "vmm.migration_address"),
+        ] {
+            let error = Config::parse(text).unwrap().check().unwrap_err();
+            assert!(error.starts_with(key), "{error}");
+        }
+        Config::default().check().unwrap();
+    }
+
+    /// Table and key of everything that can be configured, as serde tells.
+    fn keys() -> Vec<(&'static str, String)> {
+        let mut keys = Vec::new();
+        for table in ["", "link", "vmm", "exchange", "data_plane"] {
+            let text = if table.is_empty() { "zz = 0".to_owned() } else { format!("[{table}]\nzz = 0") };
+            let error = toml::from_str::<Config>(&text).unwrap_err().message().to_owned();
+            let known = error.split("expected").nth(1).unwrap();
+            keys.extend(known.split('`').skip(1).step_by(2).map(|key| (table, key.to_owned())));
+        }
+        assert!(keys.len() > 15, "{keys:?}");
+        keys
+    }
+
+    const SAMPLE: &str = include_str!("../../../packaging/agent.toml");
+
+    #[test]
+    fn sample_has_the_defaults_and_every_key() {
+        assert_eq!(Config::parse(SAMPLE).unwrap(), Config::default());
+        let all: String = SAMPLE
+            .lines()
+            .map(|line| match line.strip_prefix('#') {
+                Some(key) if !key.starts_with(' ') => format!("{key}\n"),
+                _ => format!("{line}\n"),
+            })
+            .collect();
+        let config = Config::parse(&all).unwrap();
+        config.check().unwrap();
+        assert_eq!(config.device[0].queues, 4);
+        let table: toml::Table = toml::from_str(&all).unwrap();
+        for (part, key) in keys() {
+            let there = if part.is_empty() { table.get(&key) } else { table[part].get(&key) };
+            assert!(there.is_some(), "packaging/agent.toml has no {part} {key}");
+        }
+    }
+
+    #[test]
+    fn operating_names_every_key() {
+        let text = include_str!("../../../docs/operating.md");
+        for (part, key) in keys() {
+            let known = text.lines().any(|line| line.starts_with('|') && line.contains(&key));
+            assert!(known, "docs/operating.md has no {part} {key}");
+        }
     }
 }

@@ -12,6 +12,7 @@ mod home;
 pub mod ledger;
 pub mod metrics;
 pub mod migrate;
+pub mod new_device;
 pub mod offer;
 pub mod operation;
 pub mod peer;
@@ -62,12 +63,20 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         }
         Err(error) => return Err(error).context("this host's certificate cannot be used"),
     };
+    if let (Some(identity), Some(name)) = (&identity, &config.host_name) {
+        let certified = identity.host().as_str();
+        anyhow::ensure!(
+            certified == name,
+            "host_name is {name}, but this host's certificate is for {certified}"
+        );
+    }
     let ledger = Ledger::open(&config.state_dir.join("ledger.redb"))?;
     let agent = Agent::new(config, identity.clone(), ledger);
     if let Some(identity) = identity {
         listen_to_peers(&agent, identity).await?;
     }
     agent.start_devices().await?;
+    agent.add_configured_devices().await?;
     agent.find_vms()?;
     let socket = agent.config.api_socket();
     let listener =

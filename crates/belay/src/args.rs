@@ -131,7 +131,10 @@ Examples:
   belay device add data --path /srv/data.img --size 10G
   belay device add root --path /dev/vg0/root --queues 4 --vm web
   belay device add iso --path /srv/install.img --read-only --buffered
-  belay device add slow --path /srv/slow.img --delay 2ms --block-size 4096 --serial SLOW1")]
+  belay device add slow --path /srv/slow.img --delay 2ms --block-size 4096 --serial SLOW1
+  belay device add cheap --path /srv/cheap.img --throttle-iops 500 --throttle-bandwidth 50M
+  belay device add bad --path /srv/bad.img --fault kind=write,errno=5,every=100
+  belay device add scratch --driver memory --size 256M")]
     Add(DeviceAddArgs),
     /// List the devices
     #[command(after_help = "Example:\n  belay device list")]
@@ -191,9 +194,12 @@ pub(crate) struct DeviceAddArgs {
     /// What to call it
     pub(crate) name: String,
     /// The file or block device with its data
-    #[arg(long)]
-    pub(crate) path: PathBuf,
-    /// Create the file, of this size, for example 10G
+    #[arg(long, required_unless_present = "driver", required_if_eq("driver", "file"))]
+    pub(crate) path: Option<PathBuf>,
+    /// What keeps the data
+    #[arg(long, value_enum, default_value_t = Driver::File)]
+    pub(crate) driver: Driver,
+    /// Create the file, of this size, for example 10G; the size of a device without a file
     #[arg(long, value_parser = parse_size)]
     pub(crate) size: Option<u64>,
     /// How many queues the machine may use
@@ -214,9 +220,40 @@ pub(crate) struct DeviceAddArgs {
     /// Let every request take at least this long, for example 2ms: for trying things out
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub(crate) delay: Option<Duration>,
+    /// Limit it to so many requests per second
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) throttle_iops: Option<u64>,
+    /// Limit it to so much data per second, for example 100M
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub(crate) throttle_bandwidth: Option<u64>,
+    /// Let requests fail, for trying things out: `errno=N` and any of `kind=read|write|flush|discard|write_zeroes`,
+    /// `offset=BYTES`, `len=BYTES`, `every=N`, `first=N`; may be given more than once
+    #[arg(long, value_name = "RULE", value_parser = parse_fault)]
+    pub(crate) fault: Vec<serde_json::Value>,
     /// Use the host's page cache, instead of direct I/O
     #[arg(long)]
     pub(crate) buffered: bool,
+}
+
+/// What keeps a device's data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Driver {
+    /// A regular file or a block device
+    File,
+    /// The agent's memory: lost with it
+    Memory,
+    /// Nothing: reads as zeroes
+    Null,
+}
+
+impl Driver {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::File => "file",
+            Self::Memory => "memory",
+            Self::Null => "null",
+        }
+    }
 }
 
 /// The block sizes that there are.
@@ -404,6 +441,31 @@ Examples:
     },
 }
 
+/// Keys of a rule for failing requests whose values are numbers.
+const FAULT_NUMBERS: [&str; 5] = ["errno", "offset", "len", "every", "first"];
+const FAULT_KINDS: [&str; 5] = ["read", "write", "flush", "discard", "write_zeroes"];
+
+fn parse_fault(text: &str) -> Result<serde_json::Value, String> {
+    let refuse = |what: &str| format!("{what}; write for example `kind=write,errno=5,every=100`");
+    let mut rule = serde_json::Map::new();
+    for part in text.split(',') {
+        let (key, value) = part.split_once('=').ok_or_else(|| refuse(&format!("`{part}` has no `=`")))?;
+        let value = match key {
+            "kind" if FAULT_KINDS.contains(&value) => value.into(),
+            "kind" => return Err(refuse(&format!("`{value}` is none of {}", FAULT_KINDS.join(", ")))),
+            key if FAULT_NUMBERS.contains(&key) => {
+                value.parse::<u32>().map_err(|_| refuse(&format!("`{value}` is no number")))?.into()
+            }
+            _ => return Err(refuse(&format!("`{key}` is none of kind, {}", FAULT_NUMBERS.join(", ")))),
+        };
+        rule.insert(key.to_owned(), value);
+    }
+    if !rule.contains_key("errno") {
+        return Err(refuse("`errno` is missing, the error that they fail with"));
+    }
+    Ok(serde_json::Value::Object(rule))
+}
+
 fn parse_duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text)
         .map_err(|_| format!("`{text}` is no time; write for example `2ms`, `15m` or `1h`"))
@@ -463,6 +525,10 @@ mod tests {
             "belay",
             "belay device add d",
             "belay device add d --path /d --queues 0",
+            "belay device add d --driver file",
+            "belay device add d --path /d --fault kind=write",
+            "belay device add d --path /d --fault kind=erase,errno=5",
+            "belay device add d --path /d --throttle-iops 0",
             "belay device add d --path /d --block-size 1000",
             "belay device resize d lots",
             "belay exchange d --cancel --wait",

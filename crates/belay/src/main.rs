@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::args::Cli;
-use crate::error::Failure;
+use crate::error::{Failure, Outcome};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -24,7 +24,7 @@ fn main() -> ExitCode {
         // It has a runtime of its own, with threads.
         return match belay_agent::run(config) {
             Ok(()) => ExitCode::SUCCESS,
-            Err(error) => Failure::failed(format!("{error:#}")).report(json),
+            Err(error) => agent_failed(&error).report(json),
         };
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -35,5 +35,17 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(json),
+    }
+}
+
+/// A configuration that cannot be used is asked wrongly; everything else failed.
+fn agent_failed(error: &anyhow::Error) -> Failure {
+    use belay_agent::config::ConfigError;
+    let message = format!("{error:#}");
+    match error.downcast_ref::<ConfigError>() {
+        Some(error @ ConfigError::Read { .. }) => Failure::new(Outcome::Usage, error.to_string())
+            .hint("every key has a default: an empty file will do; `--config` names another"),
+        Some(error) => Failure::new(Outcome::Usage, error.to_string()),
+        None => Failure::failed(message),
     }
 }

@@ -179,3 +179,19 @@ async fn hosts_are_managed_without_an_agent() {
         |token: &str| format!("host join {token} --name host-b --address b:1 --pki {}", other.display());
     assert_eq!(belay(&socket, &join("nonsense")).await.status.code(), Some(2));
 }
+
+#[tokio::test]
+async fn agent_without_a_usable_configuration_ends_with_2_and_says_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("agent.toml");
+    let run = async || {
+        belay(std::path::Path::new("/nowhere"), &format!("agent --config {}", config.display())).await
+    };
+    let output = run().await;
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("an empty file will do"), "{}", stderr(&output));
+    std::fs::write(&config, "state_dri = \"/x\"\n").unwrap();
+    let output = run().await;
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("did you mean `state_dir`?"), "{}", stderr(&output));
+}

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::{Context, absolute, status};
-use crate::args::{DeviceAddArgs, DeviceCommand};
+use crate::args::{DeviceAddArgs, DeviceCommand, Driver};
 use crate::client::{segment, understood};
 use crate::error::Failure;
 use crate::model::Device;
@@ -81,13 +81,21 @@ pub(super) fn path(name: &str) -> String {
 fn add_body(args: &DeviceAddArgs) -> Result<Value, Failure> {
     let mut body = Map::new();
     body.insert("name".into(), json!(args.name));
-    body.insert("path".into(), json!(absolute(&args.path)?));
+    let path = args.path.as_deref().map(absolute).transpose()?;
     body.insert("queues".into(), json!(args.queues));
     body.insert("block_bytes".into(), json!(args.block_size.bytes()));
     body.insert("read_only".into(), json!(args.read_only));
     body.insert("direct".into(), json!(!args.buffered));
     let delay_us = args.delay.map(|delay| u64::try_from(delay.as_micros()).unwrap_or(u64::MAX));
+    let mut throttle = Map::new();
+    throttle.extend(args.throttle_iops.map(|limit| ("iops".to_owned(), limit.into())));
+    throttle.extend(args.throttle_bandwidth.map(|limit| ("bytes_per_s".to_owned(), limit.into())));
+    let driver = (args.driver != Driver::File).then(|| args.driver.name().into());
     let optional = [
+        ("path", path.map(|path| json!(path))),
+        ("driver", driver),
+        ("throttle", (!throttle.is_empty()).then_some(Value::Object(throttle))),
+        ("fault", (!args.fault.is_empty()).then(|| json!(args.fault))),
         ("size_bytes", args.size.map(Value::from)),
         ("serial", args.serial.clone().map(Value::from)),
         ("vm", args.vm.clone().map(Value::from)),
@@ -203,6 +211,16 @@ mod tests {
             text,
             "device data is not offered to host-b any more; host-b could not be told: no answer"
         );
+    }
+
+    #[test]
+    fn decorators_are_in_the_body_and_a_device_without_a_file_has_no_path() {
+        let line = "belay device add d --driver null --size 1M --throttle-iops 5 --throttle-bandwidth 1M --fault errno=5 \
+                    --fault kind=write,errno=28,first=2";
+        let body = body(line);
+        assert_eq!((&body["driver"], body.get("path")), (&json!("null"), None));
+        assert_eq!(body["throttle"], json!({"iops": 5, "bytes_per_s": 1 << 20}));
+        assert_eq!(body["fault"], json!([{"errno": 5}, {"kind": "write", "errno": 28, "first": 2}]));
     }
 
     #[test]

@@ -107,7 +107,7 @@ impl Agent {
         };
         self.ledger.put_vm(&record)?;
         self.events.note("vm", None, Some(name), message);
-        let vm = self.vms.insert(record, false, Some(qmp));
+        let vm = self.vms.insert(record, None, Some(qmp));
         let warning = |device: &String| {
             format!(
                 "QEMU was not told to reconnect to device {device}: until the VM has migrated, a restart of this \

@@ -153,8 +153,10 @@ impl ControlHandler for Peers {
                 self.0.abort_prepared(&peer, &request.devices).await.map(|()| Done {}).and_then(answer)
             }
             "check_vm" => self.0.check_vm(parse(body).map_err(rpc)?).await.and_then(answer),
-            "start_incoming" => self.0.start_incoming(parse(body).map_err(rpc)?).await.and_then(answer),
-            "incoming_done" => self.0.incoming_done(parse(body).map_err(rpc)?).await.and_then(answer),
+            "start_incoming" => {
+                self.0.start_incoming(&peer, parse(body).map_err(rpc)?).await.and_then(answer)
+            }
+            "incoming_done" => self.0.incoming_done(&peer, parse(body).map_err(rpc)?).await.and_then(answer),
             "abort_incoming" => {
                 self.0.abort_incoming(&peer, parse(body).map_err(rpc)?).await.and_then(answer)
             }

@@ -22,8 +22,8 @@ pub struct Vm {
     pub record: VmRecord,
     /// Its QMP connection, opened when first needed.
     qmp: tokio::sync::Mutex<Option<Qmp>>,
-    /// It waits for its memory.
-    pub incoming: std::sync::atomic::AtomicBool,
+    /// The host from which its memory is to come, while it waits for that.
+    incoming: Mutex<Option<String>>,
 }
 
 /// A QEMU, a kernel, and whether KVM works with them.
@@ -53,6 +53,11 @@ pub struct VmView {
 }
 
 impl Vm {
+    /// Whether it waits for its memory from this host.
+    fn comes_from(&self, peer: &str) -> bool {
+        self.incoming.lock().unwrap_or_else(std::sync::PoisonError::into_inner).as_deref() == Some(peer)
+    }
+
     pub(crate) fn process(&self) -> Option<ProcessId> {
         self.record.process.clone().and_then(|process| serde_json::from_value(process).ok())
     }
@@ -121,9 +126,9 @@ impl Vms {
         self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).values().cloned().collect()
     }
 
-    pub(crate) fn insert(&self, record: VmRecord, incoming: bool, qmp: Option<Qmp>) -> Arc<Vm> {
+    pub(crate) fn insert(&self, record: VmRecord, incoming: Option<String>, qmp: Option<Qmp>) -> Arc<Vm> {
         let name = record.name.clone();
-        let vm = Arc::new(Vm { record, qmp: tokio::sync::Mutex::new(qmp), incoming: incoming.into() });
+        let vm = Arc::new(Vm { record, qmp: tokio::sync::Mutex::new(qmp), incoming: Mutex::new(incoming) });
         self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(name, Arc::clone(&vm));
         vm
     }
@@ -150,7 +155,7 @@ impl Agent {
                 .and_then(|p| serde_json::from_value::<ProcessId>(p).ok())
                 .is_none_or(ProcessId::is_alive);
             if alive {
-                self.vms.insert(record, false, None);
+                self.vms.insert(record, None, None);
             } else {
                 self.events.note("vm", None, Some(&record.name), "ended while the agent was away");
                 self.ledger.remove_vm(&record.name)?;
@@ -186,7 +191,7 @@ impl Agent {
             Accel::Kvm => AccelChoice::Kvm,
             Accel::Tcg => AccelChoice::Tcg,
         };
-        self.start_vm(spec, &qemu, false).await
+        self.start_vm(spec, &qemu, None).await
     }
 
     /// The accelerator for a VM here. Whether KVM works is tried once for each QEMU and kernel: the trial takes
@@ -217,7 +222,8 @@ impl Agent {
         Accel::choose(choice, outcome).map_err(failed)
     }
 
-    async fn start_vm(&self, spec: VmSpec, qemu: &Qemu, incoming: bool) -> Result<Arc<Vm>, AgentError> {
+    async fn start_vm(&self, spec: VmSpec, qemu: &Qemu, from: Option<&str>) -> Result<Arc<Vm>, AgentError> {
+        let incoming = from.is_some();
         let name = spec.name.clone();
         if self.vms.get(&name).is_ok() {
             return Err(AgentError::precheck(format!("host {} has a VM {name} already", self.host())));
@@ -268,7 +274,7 @@ impl Agent {
             devices: spec.disks.iter().map(|disk| disk.device.clone()).collect(),
         };
         self.ledger.put_vm(&record)?;
-        let vm = self.vms.insert(record, incoming, None);
+        let vm = self.vms.insert(record, from.map(str::to_owned), None);
         let connected = tokio::select! {
             connected = Qmp::connect(&qmp_socket, QMP_WITHIN) => connected.map_err(failed),
             _ = process.exited() => Err(failed("QEMU ended at once")),
@@ -321,14 +327,39 @@ impl Agent {
         Ok(())
     }
 
+    /// A peer may start a VM here only with disks that it has offered to this host, or that it gives back.
+    fn check_offered(&self, peer: &str, spec: &VmSpec) -> Result<(), AgentError> {
+        use crate::ledger::RoleRecord;
+        let offered = |name: &str| {
+            self.device(name).is_ok_and(|device| match device.role() {
+                RoleRecord::Prepared { from, .. } => from == peer,
+                RoleRecord::Lent { to, .. } => to == peer,
+                _ => false,
+            })
+        };
+        if spec.disks.is_empty() || !spec.disks.iter().all(|disk| offered(&disk.device)) {
+            return Err(AgentError::fenced(format!(
+                "{peer} may start VM {} here only with disks that it has offered to host {}",
+                spec.name,
+                self.host()
+            )));
+        }
+        Ok(())
+    }
+
     /// As a destination: a QEMU that waits for a VM's memory.
-    pub(crate) async fn start_incoming(&self, request: StartIncoming) -> Result<Incoming, AgentError> {
+    pub(crate) async fn start_incoming(
+        &self,
+        peer: &str,
+        request: StartIncoming,
+    ) -> Result<Incoming, AgentError> {
         let mut spec: VmSpec = serde_json::from_value(request.spec).map_err(failed)?;
         spec.check().map_err(failed)?;
+        self.check_offered(peer, &spec)?;
         // Which program runs here is for this host to say, not for the one that asks.
         spec.qemu = None;
         let qemu = Qemu::find(self.config.vmm.qemu.as_deref()).await.map_err(failed)?;
-        let vm = self.start_vm(spec, &qemu, true).await?;
+        let vm = self.start_vm(spec, &qemu, Some(peer)).await?;
         let address = self.migration_address();
         let qmp = vm.qmp().await?;
         let outcome = async {
@@ -361,9 +392,12 @@ impl Agent {
     }
 
     /// As a destination: the VM runs here.
-    pub(crate) async fn incoming_done(&self, request: VmQuery) -> Result<Done, AgentError> {
+    pub(crate) async fn incoming_done(&self, peer: &str, request: VmQuery) -> Result<Done, AgentError> {
         let vm = self.vms.get(&request.vm)?;
-        vm.incoming.store(false, std::sync::atomic::Ordering::SeqCst);
+        if !vm.comes_from(peer) {
+            return Err(AgentError::fenced(format!("VM {} does not come from {peer}", request.vm)));
+        }
+        *vm.incoming.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
         self.events.note("migration", None, Some(&request.vm), "runs here");
         Ok(Done {})
     }
@@ -371,7 +405,7 @@ impl Agent {
     /// As a destination: the migration is off.
     pub(crate) async fn abort_incoming(&self, peer: &str, request: VmQuery) -> Result<Done, AgentError> {
         if let Ok(vm) = self.vms.get(&request.vm)
-            && vm.incoming.load(std::sync::atomic::Ordering::SeqCst)
+            && vm.comes_from(peer)
         {
             self.stop_vm(&request.vm).await?;
         }
@@ -388,4 +422,22 @@ fn free_port(address: &str) -> std::io::Result<u16> {
 fn last_lines(log: &Path) -> String {
     let text = belay_vmm::process::log_tail(log);
     if text.is_empty() { format!("see {}", log.display()) } else { text }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn peer_starts_no_vm_without_disks_that_it_has_offered() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = crate::ledger::Ledger::open(&folder.path().join("ledger.redb")).unwrap();
+        let agent = Agent::new(crate::config::Config::default(), None, ledger);
+        for disks in ["", "disks = [{ device = \"disk0\" }]"] {
+            let spec = VmSpec::from_toml(&format!("name = \"vm\"\nmemory_mib = 64\n{disks}\n")).unwrap();
+            let spec = serde_json::to_value(&spec).unwrap();
+            let refused = agent.start_incoming("host-x", StartIncoming { spec }).await.unwrap_err();
+            assert_eq!(refused.code, "fenced", "{}", refused.message);
+        }
+    }
 }

@@ -113,6 +113,9 @@ pub struct FileBackend {
     refused: VecDeque<usize>,
     retry_at: Option<Instant>,
     cannot_zero: bool,
+    /// A flush failed with this: what it should have made durable may be gone, and the kernel tells of it only once.
+    /// No later flush is answered well.
+    lost: Option<i32>,
 }
 
 impl FileBackend {
@@ -161,6 +164,7 @@ impl FileBackend {
             refused: VecDeque::new(),
             retry_at: None,
             cannot_zero: false,
+            lost: None,
         })
     }
 
@@ -183,7 +187,15 @@ impl FileBackend {
         if fits && whole && full { Ok(()) } else { Err(libc::EINVAL) }
     }
 
-    fn end(&mut self, op: Op, status: Status) {
+    fn end(&mut self, op: Op, mut status: Status) {
+        if op.kind == OpKind::Flush {
+            if let Status::Failed { errno } = status {
+                self.lost.get_or_insert(errno);
+            }
+            if let Some(errno) = self.lost {
+                status = Status::Failed { errno };
+            }
+        }
         self.finished.push_back(Done { op, status });
     }
 
@@ -430,6 +442,37 @@ impl Drop for FileBackend {
             for entry in self.entries.drain(..).flatten() {
                 std::mem::forget(entry);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The kernel reports a lost write to one fsync only.
+    #[test]
+    fn flush_after_one_that_failed_fails_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.img");
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let owner = OwnerId(16);
+        let mut backend = FileBackend::open(
+            &path,
+            &FileOptions { read_only: false, direct: true, create_size: None },
+            owner,
+        )
+        .unwrap();
+        let mut ring = Ring::new(8).unwrap();
+        let now = Instant::now();
+        let flush = |id| Op { id: OpId(id), kind: OpKind::Flush, offset: 0, len: 0, buf: Buf::default() };
+        for (id, res) in [(1, -libc::EIO), (2, 0)] {
+            backend.submit(flush(id), &mut ring, now);
+            // As the kernel would report it; the real one comes later, and finds nobody.
+            let cqe = Cqe { token: Token::new(owner, 0), res, more: false };
+            backend.on_completion(cqe, &mut ring, now);
+            let done = backend.finished().unwrap();
+            assert_eq!(done.status, Status::Failed { errno: libc::EIO }, "flush {id}");
         }
     }
 }

@@ -378,3 +378,67 @@ fn hole_that_a_change_from_before_the_copy_filled_is_not_zeroed() {
     world.todo.extend(out);
     world.finish();
 }
+
+#[test]
+fn local_read_error_while_the_cut_is_committed_waits_for_its_outcome() {
+    for committed in [true, false] {
+        let mut world = World::new(&[1; 10]);
+        for _ in 0..1000 {
+            if world.ready {
+                break;
+            }
+            world.tick();
+            world.end_one(0);
+        }
+        let mut out = Vec::new();
+        world.pull.guest(OpId(1), GuestKind::Read, 0, 512, &mut out);
+        let Some(Action::ReadLocal { step, .. }) = out.pop() else { panic!("all is here: {out:?}") };
+        world.pull.step_done(step, Outcome::Errno(5), false, world.now, &mut out);
+        assert!(out.is_empty(), "nothing is tried or given up before the outcome is known: {out:?}");
+        if committed {
+            world.pull.cut_committed();
+        } else {
+            world.pull.cut_aborted(world.now, &mut out);
+            assert_eq!(out, [Action::Abandon { errno: 5 }]);
+        }
+        assert_eq!(world.pull.take_waiting(), [OpId(1)]);
+    }
+}
+
+#[test]
+fn longest_read_at_an_odd_offset_is_fetched_in_one_request() {
+    let mut pull = Pull::new(PullConfig::new(16 << 20), BlockMap::empty(16 << 20));
+    let mut out = Vec::new();
+    pull.guest(OpId(1), GuestKind::Read, 512, 4 << 20, &mut out);
+    let Some(Action::Fetch { step, offset, len, .. }) = out.pop() else { panic!("{out:?}") };
+    assert_eq!((offset, len), (512, 4 << 20));
+    pull.step_done(step, Outcome::Ok, false, Duration::ZERO, &mut out);
+    let stored: Vec<(u64, u64, u64)> = out
+        .iter()
+        .filter_map(|action| match action {
+            Action::Store { offset, len, at, .. } => Some((*offset, *len, *at)),
+            _ => None,
+        })
+        .collect();
+    // The blocks at both ends are not here entirely.
+    assert_eq!(stored, [(4096, (4 << 20) - 4096, 512)]);
+}
+
+#[test]
+fn copy_that_is_held_is_not_cut_over_until_it_is_let() {
+    let mut world = World::new(&[1; 10]);
+    assert!(world.pull.hold(true));
+    for _ in 0..1000 {
+        world.tick();
+        world.end_one(0);
+    }
+    assert!(!world.ready && world.pull.progress().local == SIZE as u64);
+    world.pull.hold(false);
+    world.finish();
+    let mut cutting = World::new(&[1; 10]);
+    for _ in 0..1000 {
+        cutting.tick();
+        cutting.end_one(0);
+    }
+    assert!(!cutting.pull.hold(true), "too late");
+}

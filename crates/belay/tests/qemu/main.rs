@@ -6,6 +6,7 @@
 mod adopt;
 mod agents;
 mod boot;
+mod home;
 mod linux;
 mod stops;
 

@@ -97,7 +97,7 @@ pub struct ExchangeConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataPlaneConfig {
-    /// How long a device's thread looks for work before it sleeps, in microseconds.
+    /// How long a device's thread looks for work before it sleeps, at most, in microseconds.
     pub spin_us: u64,
 }
 
@@ -133,7 +133,7 @@ impl Default for ExchangeConfig {
 
 impl Default for DataPlaneConfig {
     fn default() -> Self {
-        Self { spin_us: 20 }
+        Self { spin_us: 80 }
     }
 }
 

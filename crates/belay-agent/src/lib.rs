@@ -10,6 +10,7 @@ pub mod events;
 mod exchange;
 mod home;
 pub mod ledger;
+mod memory;
 pub mod metrics;
 pub mod migrate;
 pub mod new_device;
@@ -41,6 +42,7 @@ const OPEN_LIMIT: Duration = Duration::from_secs(10);
 /// # Errors
 /// It cannot start, or something that it cannot do without fails.
 pub fn run(config_path: &Path) -> anyhow::Result<()> {
+    memory::keep_freed();
     let config = Config::load(config_path)?;
     let filter = tracing_subscriber::EnvFilter::try_from_env("BELAY_LOG").unwrap_or_else(|_| "info".into());
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();

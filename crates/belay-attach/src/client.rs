@@ -101,6 +101,11 @@ impl ClientChannel {
         self.open
     }
 
+    /// Whether the peer owes an answer.
+    pub(crate) fn has_outstanding(&self) -> bool {
+        !self.outstanding.is_empty()
+    }
+
     /// The lowest number that may still be asked about.
     fn low_water(&self, next: TxId) -> TxId {
         self.outstanding.keys().next().copied().unwrap_or(next)
@@ -143,10 +148,10 @@ impl Device {
     /// Asks the control plane for the connection of a channel, once.
     pub(crate) fn need_connection(&mut self, channel: Channel) {
         let Some(client) = &mut self.client else { return };
-        let peer = client.peer.clone();
         let state = client.channel(channel);
         if state.conn.is_none() && !state.asked && state.retry_at.is_none() {
             state.asked = true;
+            let peer = client.peer.clone();
             self.notice(Notice::NeedConnection { peer, channel });
         }
     }

@@ -16,8 +16,6 @@ use crate::handle::{ExchangeOptions, Notice};
 use crate::handover::Handover;
 use crate::stats::{ExchangeProgress, since};
 
-/// Alignment of the buffers between the two sides.
-const BUFFER_ALIGN: usize = 4096;
 /// How often the machine is told the time while it copies.
 const TICK: Duration = Duration::from_millis(20);
 
@@ -289,7 +287,7 @@ impl Device {
     }
 
     fn fetch(&mut self, step: StepId, job: u64, offset: u64, len: u64, for_guest: bool) {
-        let buf = Buf::aligned(len as usize, BUFFER_ALIGN);
+        let buf = self.buffers.take(len as usize);
         if let Some(exchange) = &mut self.exchange {
             exchange.fetched.insert(job, buf.clone());
         }
@@ -322,7 +320,7 @@ impl Device {
         let (kind, offset, len, txid) = (request.kind, request.offset, request.len, request.txid);
         let mut copy = Buf::default();
         if kind == OpKind::Write {
-            copy = Buf::aligned(len as usize, BUFFER_ALIGN);
+            copy = self.buffers.take(len as usize);
             copy.copy_from_buf(0, &request.data);
             if let Some(exchange) = &mut self.exchange {
                 exchange.changes.insert(op.0, copy.clone());

@@ -16,6 +16,7 @@ mod parked;
 mod port;
 mod requests;
 mod serve;
+mod spin;
 mod stats;
 mod thread;
 

@@ -16,8 +16,6 @@ use crate::conn::{ConnError, DataConn, PeerSocket, Received};
 use crate::device::{Device, SERVER_OP};
 use crate::handle::Notice;
 
-/// The alignment of buffers for a peer's data, in bytes: what O_DIRECT wants of any disk.
-const BUFFER_ALIGN: usize = 4096;
 /// The longest single request, in bytes; below a frame's largest payload.
 pub(crate) const MAX_REQUEST_BYTES: u64 = 4 << 20;
 /// Requests that one peer may have unanswered; a client stays below by its rings' sizes.
@@ -301,7 +299,7 @@ impl Device {
                 Ok(Received::WouldBlock) => return,
                 Ok(Received::Header(header)) => {
                     if header.kind == FrameKind::Write {
-                        let buf = Buf::aligned(header.payload_len as usize, BUFFER_ALIGN);
+                        let buf = self.buffers.take(header.payload_len as usize);
                         session.conn.deliver_to(buf.clone());
                         session.incoming = Some(buf);
                     }
@@ -510,7 +508,7 @@ impl Device {
             return Err(Refusal::Malformed);
         }
         let buf = match kind {
-            OpKind::Read => Buf::aligned(len as usize, BUFFER_ALIGN),
+            OpKind::Read => self.buffers.take(len as usize),
             OpKind::Write => data.ok_or(Refusal::Malformed)?,
             _ => Buf::default(),
         };

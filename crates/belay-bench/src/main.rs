@@ -59,6 +59,9 @@ struct Options {
     /// Only loads whose name contains this
     #[arg(long, default_value = "")]
     only: String,
+    /// The agents' `data_plane.spin_us`, instead of the default
+    #[arg(long)]
+    spin_us: Option<u64>,
     /// Few and short rounds on small disks: for a look, not for a claim
     #[arg(long)]
     quick: bool,
@@ -124,7 +127,15 @@ impl<'a> Bench<'a> {
         for name in ["qemu-storage-daemon", "qemu-nbd"] {
             println!("bench: peer: {}", programs.version(name)?);
         }
-        let mut bench = Self { options, bed: Bed::start(&belay)?, programs, lines: Vec::new() };
+        let mut bed = Bed::start(&belay)?;
+        if let Some(spin_us) = options.spin_us {
+            for host in [&mut bed.a, &mut bed.b] {
+                host.configure(&format!("[data_plane]\nspin_us = {spin_us}\n"))?;
+                host.terminate_agent()?;
+                host.start_agent()?;
+            }
+        }
+        let mut bench = Self { options, bed, programs, lines: Vec::new() };
         println!("{}", report::head());
         let outcome = bench.memory().and_then(|()| bench.disk());
         if outcome.is_err() {

@@ -82,7 +82,12 @@ impl Buf {
     /// A buffer of `len` zero bytes whose start is aligned to `align` (a power of two), as O_DIRECT wants it.
     #[must_use]
     pub fn aligned(len: usize, align: usize) -> Self {
-        let memory = Arc::new(Aligned::new(len, align));
+        Self::of(Arc::new(Aligned::new(len, align)), len)
+    }
+
+    /// The first `len` bytes of this memory.
+    pub(crate) fn of(memory: Arc<Aligned>, len: usize) -> Self {
+        assert!(len <= memory.len(), "{len} bytes of {}", memory.len());
         let piece = IoVec { base: memory.base, len };
         Self { pieces: SmallVec::from_slice(&[piece]), keep: Some(memory) }
     }
@@ -221,7 +226,8 @@ impl Drop for OwnedBytes {
     }
 }
 
-struct Aligned {
+/// Aligned memory of this process.
+pub(crate) struct Aligned {
     base: *mut u8,
     layout: std::alloc::Layout,
 }
@@ -232,13 +238,19 @@ unsafe impl Send for Aligned {}
 unsafe impl Sync for Aligned {}
 
 impl Aligned {
-    fn new(len: usize, align: usize) -> Self {
+    /// Zeroed memory.
+    pub(crate) fn new(len: usize, align: usize) -> Self {
         let layout =
             std::alloc::Layout::from_size_align(len.max(1), align).expect("a power-of-two alignment");
         // SAFETY: the layout's size is not zero.
         let base = unsafe { std::alloc::alloc_zeroed(layout) };
         assert!(!base.is_null(), "out of memory for {len} bytes");
         Self { base, layout }
+    }
+
+    /// Its length, in bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.layout.size()
     }
 }
 

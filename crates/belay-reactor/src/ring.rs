@@ -26,6 +26,9 @@ const NOBODY: OwnerId = OwnerId(u16::MAX);
 pub struct Ring {
     uring: IoUring,
     unsubmitted: usize,
+    /// The kernel says in shared memory whether completions wait to be made: without that word no system call is
+    /// needed to look for them.
+    tells: bool,
 }
 
 impl Ring {
@@ -42,12 +45,13 @@ impl Ring {
             .setup_single_issuer()
             .setup_defer_taskrun()
             .setup_coop_taskrun()
+            .setup_taskrun_flag()
             .build(entries);
-        let uring = match tuned {
-            Ok(uring) => uring,
-            Err(_) => IoUring::builder().setup_cqsize(entries * 4).build(entries)?,
+        let (uring, tells) = match tuned {
+            Ok(uring) => (uring, true),
+            Err(_) => (IoUring::builder().setup_cqsize(entries * 4).build(entries)?, false),
         };
-        Ok(Self { uring, unsubmitted: 0 })
+        Ok(Self { uring, unsubmitted: 0, tells })
     }
 
     /// Queues one operation. It reaches the kernel at the next [`Ring::submit`] or [`Ring::wait`], or at once
@@ -107,11 +111,16 @@ impl Ring {
         self.unsubmitted
     }
 
-    /// Gives what is queued to the kernel, without waiting.
+    /// Gives what is queued to the kernel, without waiting, and lets it make completions that are due.
     ///
     /// # Errors
     /// Anything but an interrupted or momentarily busy submission, which are retried later.
     pub fn submit(&mut self) -> io::Result<()> {
+        let queue = self.uring.submission();
+        if self.tells && queue.is_empty() && !queue.taskrun() && !queue.cq_overflow() {
+            return Ok(());
+        }
+        drop(queue);
         self.enter(0, None)
     }
 

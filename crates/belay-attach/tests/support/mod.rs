@@ -6,7 +6,7 @@
     reason = "a guest's memory; every test file uses its own part"
 )]
 
-pub mod guest;
+pub use belay_synthetic as guest;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

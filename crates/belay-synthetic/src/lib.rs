@@ -1,6 +1,9 @@
 //! A VM in miniature: guest memory in a memfd, several split rings in it, a driver that checks every request, and
 //! rust-vmm's vhost-user front-end. "Live migration" is connecting the same memory to another back-end.
 
+#![allow(unsafe_code, reason = "it writes guest memory, which a mapping is for Rust")]
+#![allow(clippy::missing_panics_doc, reason = "a test's failure is a panic")]
+
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
@@ -12,6 +15,7 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::EventFd;
 
+/// Entries of a ring.
 pub const RING_SIZE: u16 = 128;
 const QUEUE_STRIDE: usize = 0x1_0000;
 const AVAIL: usize = 0x2000;
@@ -22,13 +26,16 @@ const DATA: usize = 4096;
 const MEMORY: usize = 64 << 20;
 /// Requests that a queue can have in flight: three descriptors each.
 pub const SLOTS: usize = 40;
+/// Bytes of a request's data.
 pub const BLOCK: usize = 4096;
 /// A lost completion would wait for ever: that long is "for ever".
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// A sequence of numbers that a seed determines.
 pub struct Random(pub u64);
 
 impl Random {
+    /// The next, below `limit`.
     pub fn below(&mut self, limit: u64) -> u64 {
         self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         (self.0 >> 33) % limit
@@ -48,6 +55,7 @@ struct Connection {
     calls: Vec<EventFd>,
 }
 
+/// The VM.
 pub struct Guest {
     memory: OwnedFd,
     base: *mut u8,
@@ -59,15 +67,20 @@ pub struct Guest {
     /// Version of each block's last acknowledged write.
     versions: HashMap<u64, u64>,
     next_version: u64,
+    /// Requests completed.
     pub completed: u64,
+    /// Requests that ended with an error status.
     pub errors: u64,
     connection: Option<Connection>,
     inflight_region: Option<(VhostUserInflight, std::fs::File)>,
+    /// Where each ring begins at its next start.
     pub bases: Vec<u16>,
+    /// What it draws its requests from.
     pub random: Random,
 }
 
 impl Guest {
+    /// A VM with so many queues, whose disk has so many blocks, all zero.
     pub fn new(queues: usize, blocks: u64, seed: u64) -> Self {
         let memory = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&memory, MEMORY as u64).unwrap();
@@ -204,6 +217,7 @@ impl Guest {
         }
     }
 
+    /// Closes the connection, as a VMM that ends.
     pub fn disconnect(&mut self) {
         self.connection = None;
     }
@@ -230,6 +244,7 @@ impl Guest {
         self.start();
     }
 
+    /// Requests in flight.
     pub fn in_flight(&self) -> usize {
         self.in_flight.len()
     }
@@ -349,6 +364,7 @@ impl Guest {
         self.put(at + 14, &next.to_le_bytes());
     }
 
+    /// Tells the back-end that there are new requests.
     pub fn kick(&self, queue: usize) {
         fence(Ordering::SeqCst);
         self.connection.as_ref().unwrap().kicks[queue].write(1).unwrap();

@@ -122,6 +122,20 @@ impl Agent {
     /// # Errors
     /// The disk, or the device cannot go from its role to this one.
     pub async fn record(&self, device: &Managed, epoch: Epoch, role: RoleRecord) -> Result<(), AgentError> {
+        // The limit belongs to one exchange.
+        let copying = matches!(role, RoleRecord::Exchanging { .. } | RoleRecord::Cutting { .. });
+        let bandwidth = if copying { device.record().bandwidth } else { None };
+        self.record_with(device, epoch, role, bandwidth).await
+    }
+
+    /// As [`Agent::record`], with this limit of the device's exchange.
+    pub(crate) async fn record_with(
+        &self,
+        device: &Managed,
+        epoch: Epoch,
+        role: RoleRecord,
+        bandwidth: Option<u64>,
+    ) -> Result<(), AgentError> {
         let _writing = device.writing.lock().await;
         let present = device.record();
         if epoch < present.epoch || !allowed(&present.role, &role) {
@@ -130,7 +144,7 @@ impl Agent {
                 present.identity.name, present.role, present.epoch
             )));
         }
-        let record = DeviceRecord { epoch, role, offered: None, ..present };
+        let record = DeviceRecord { epoch, role, offered: None, bandwidth, ..present };
         self.write_record(record.clone()).await?;
         device.set_record(record);
         Ok(())
@@ -496,6 +510,7 @@ impl Agent {
             epoch: Epoch(1),
             role: RoleRecord::Local { backend },
             offered: None,
+            bandwidth: None,
         };
         self.write_record(record.clone()).await?;
         let device = self.start_device(record).await?;
@@ -525,18 +540,22 @@ impl Agent {
     /// Stops a device's thread and forgets the record, except that the device has been here before.
     pub(crate) async fn drop_device(&self, device: &Managed) -> Result<(), AgentError> {
         let name = device.name();
-        if let RoleRecord::Prepared { replaces: Some(departed), .. } = device.role() {
-            let role = RoleRecord::Tombstone { moved_to: departed.moved_to, backend: departed.backend };
-            let record = DeviceRecord { epoch: departed.epoch, role, ..device.record() };
-            self.write_record(record).await?;
-        } else {
-            let (ledger, id) = (Arc::clone(&self.ledger), device.identity().id);
-            tokio::task::spawn_blocking(move || ledger.remove_device(id))
-                .await
-                .map_err(|error| AgentError::failed(error.to_string()))??;
-        }
+        self.drop_record(device.record()).await?;
         self.stop_device(device).await;
         self.events.note("device", Some(&name), None, "removed");
+        Ok(())
+    }
+
+    /// Forgets a record, or puts back what was known of the device's earlier stay.
+    pub(crate) async fn drop_record(&self, record: DeviceRecord) -> Result<(), AgentError> {
+        if let RoleRecord::Prepared { replaces: Some(departed), .. } = record.role {
+            let role = RoleRecord::Tombstone { moved_to: departed.moved_to, backend: departed.backend };
+            return self.write_record(DeviceRecord { epoch: departed.epoch, role, ..record }).await;
+        }
+        let (ledger, id) = (Arc::clone(&self.ledger), record.identity.id);
+        tokio::task::spawn_blocking(move || ledger.remove_device(id))
+            .await
+            .map_err(|error| AgentError::failed(error.to_string()))??;
         Ok(())
     }
 

@@ -354,7 +354,8 @@ async fn exchange_limit(
     bytes: Bytes,
 ) -> Result<StatusCode, AgentError> {
     let request: ExchangeBody = body(&bytes)?;
-    agent.device(&name)?.send(belay_attach::Command::SetBandwidth(request.bandwidth));
+    let device = agent.device(&name)?;
+    agent.limit_exchange(&device, request.bandwidth).await?;
     Ok(StatusCode::ACCEPTED)
 }
 

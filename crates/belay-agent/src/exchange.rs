@@ -11,8 +11,11 @@ use belay_link::{Backoff, CallError};
 use crate::agent::{Agent, map_path, open_when_free};
 use crate::device::Managed;
 use crate::error::AgentError;
-use crate::ledger::RoleRecord;
+use crate::ledger::{DeviceRecord, RoleRecord};
 use crate::peer::{CommitCut, DeviceInfo, DeviceQuery, Done};
+
+/// How long the record of a handover may take to be written once the guest is here.
+const ATTACHED_WITHIN: Duration = Duration::from_secs(2);
 
 impl Agent {
     /// Begins to bring a device's backing here.
@@ -27,6 +30,7 @@ impl Agent {
     ) -> Result<(), AgentError> {
         let name = device.name();
         let _beginning = device.beginning.lock().await;
+        attached(device).await;
         let RoleRecord::Remote { backing, delay_us, direct, replaces, .. } = device.role() else {
             return Err(AgentError::precheck(format!(
                 "device {name} is not backed by another host, or is being brought here already"
@@ -54,13 +58,34 @@ impl Agent {
         let backend = BackendSpec { delay_us, direct, ..BackendSpec::file(path.clone()) };
         let _ = std::fs::remove_file(map_path(&self.config, &name));
         let role = RoleRecord::Exchanging { backing: backing.clone(), backend: backend.clone() };
-        if let Err(error) = self.record(device, device.epoch(), role).await {
+        if let Err(error) = self.record_with(device, device.epoch(), role, bandwidth).await {
             // It was made just now, and holds nothing.
             let _ = std::fs::remove_file(&path);
             return Err(error);
         }
         self.events.note("exchange", Some(&name), None, format!("begins, from {backing}"));
-        self.start_copy(device, &backend, bandwidth).await
+        self.start_copy(device, &backend).await
+    }
+
+    /// Changes the limit of a device's exchange, in bytes per second; `None`: no limit. It outlives this agent.
+    ///
+    /// # Errors
+    /// The device is not being copied here, or the disk fails.
+    pub(crate) async fn limit_exchange(
+        &self,
+        device: &Managed,
+        bandwidth: Option<u64>,
+    ) -> Result<(), AgentError> {
+        let _writing = device.writing.lock().await;
+        let record = device.record();
+        if !matches!(record.role, RoleRecord::Exchanging { .. } | RoleRecord::Cutting { .. }) {
+            return Err(AgentError::precheck(format!("device {} is not being copied", device.name())));
+        }
+        let record = DeviceRecord { bandwidth: Some(bandwidth.unwrap_or(0)), ..record };
+        self.write_record(record.clone()).await?;
+        device.set_record(record);
+        device.send(Command::SetBandwidth(bandwidth.filter(|limit| *limit > 0)));
+        Ok(())
     }
 
     /// After a restart: goes on with what the map says is here.
@@ -71,23 +96,18 @@ impl Agent {
         backend: &BackendSpec,
     ) -> Result<(), AgentError> {
         self.events.note("exchange", Some(&device.name()), None, format!("goes on, from {backing}"));
-        self.start_copy(device, backend, None).await
+        self.start_copy(device, backend).await
     }
 
-    async fn start_copy(
-        &self,
-        device: &Arc<Managed>,
-        backend: &BackendSpec,
-        bandwidth: Option<u64>,
-    ) -> Result<(), AgentError> {
+    async fn start_copy(&self, device: &Arc<Managed>, backend: &BackendSpec) -> Result<(), AgentError> {
         let map = map_path(&self.config, &device.name());
         if let Some(folder) = map.parent() {
             std::fs::create_dir_all(folder).map_err(|error| AgentError::failed(error.to_string()))?;
         }
-        let configured = self.config.exchange.bandwidth_bytes_per_s;
+        let limit = device.record().bandwidth.unwrap_or(self.config.exchange.bandwidth_bytes_per_s);
         let options = ExchangeOptions {
             map_path: map,
-            bandwidth: bandwidth.or((configured > 0).then_some(configured)),
+            bandwidth: (limit > 0).then_some(limit),
             in_flight_bytes: self.config.exchange.in_flight_bytes,
             echo: true,
         };
@@ -236,6 +256,14 @@ impl Agent {
     }
 }
 
+/// A device whose thread has just taken it over is not in the ledger yet: its record comes first.
+async fn attached(device: &Managed) {
+    if matches!(device.role(), RoleRecord::Prepared { .. }) {
+        // What is not on its way here at all is refused a little later for it.
+        let _ = device.wait_for(0, &["Attached"], ATTACHED_WITHIN).await;
+    }
+}
+
 fn image_error(name: &str, path: &Path, error: &std::io::Error) -> AgentError {
     AgentError::failed(format!("device {name}: {}: {error}", path.display()))
 }
@@ -313,5 +341,64 @@ mod tests {
         std::os::unix::fs::symlink(&target, &path).unwrap();
         create_image("disk0", &path, 4096, Some(&path)).unwrap_err();
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[tokio::test]
+    async fn exchange_that_is_asked_for_right_after_the_handover_waits_for_its_record() {
+        use belay_wire::device::{BlockGeometry, DeviceClass};
+        use belay_wire::{DeviceId, DeviceIdentity, Epoch};
+
+        use crate::ledger::{Mode, SCHEMA};
+
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = crate::ledger::Ledger::open(&folder.path().join("ledger.redb")).unwrap();
+        let config = crate::config::Config {
+            runtime_dir: folder.path().to_owned(),
+            ..crate::config::Config::default()
+        };
+        let agent = Agent::new(config, None, ledger);
+        let from = "host-x".to_owned();
+        let geometry = BlockGeometry {
+            size_bytes: 1 << 20,
+            block_bytes: 512,
+            queues: 1,
+            queue_entries: 128,
+            read_only: false,
+            serial: String::new(),
+        };
+        let class = DeviceClass::Block(geometry);
+        let record = DeviceRecord {
+            schema: SCHEMA,
+            identity: DeviceIdentity { id: DeviceId::random(), name: "disk0".into(), vm: None, class },
+            epoch: Epoch(1),
+            role: RoleRecord::Prepared {
+                from: from.clone(),
+                mode: Mode::Stay,
+                delay_us: None,
+                direct: false,
+                replaces: None,
+            },
+            offered: None,
+            bandwidth: None,
+        };
+        let device = agent.start_device(record).await.unwrap();
+        let asked = tokio::spawn({
+            let (agent, device) = (Arc::clone(&agent), Arc::clone(&device));
+            async move { agent.begin_exchange(&device, None, None).await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!asked.is_finished(), "it did not wait");
+        let remote = RoleRecord::Remote {
+            backing: from,
+            delay_us: None,
+            direct: false,
+            follow: false,
+            replaces: None,
+        };
+        agent.record(&device, Epoch(2), remote).await.unwrap();
+        device.heard(&belay_attach::Notice::Attached { epoch: Epoch(2), in_flight: 0, grant_ms: 0.0 });
+        // It gets as far as asking the other host, which this one is not enrolled for.
+        let error = asked.await.unwrap().unwrap_err();
+        assert!(error.message.contains("belongs to no cluster"), "{error}");
     }
 }

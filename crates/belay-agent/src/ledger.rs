@@ -164,6 +164,9 @@ pub struct DeviceRecord {
     /// The host that may take it; only of a device whose guest and backing are here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub offered: Option<OfferRecord>,
+    /// The limit that its exchange was given, in bytes per second, in place of the configured one; 0: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<u64>,
 }
 
 /// A host may take a device.
@@ -355,6 +358,7 @@ mod tests {
             epoch: Epoch(3),
             role: RoleRecord::Lent { backend: BackendSpec::file("/a".into()), to: "b".into() },
             offered: None,
+            bandwidth: None,
         }
     }
 
@@ -431,6 +435,10 @@ mod tests {
         let role: RoleRecord =
             serde_json::from_str(r#"{"role":"remote","backing":"b","delay_us":null}"#).unwrap();
         assert!(matches!(role, RoleRecord::Remote { follow: false, direct: false, replaces: None, .. }));
+        let before = record();
+        let text = serde_json::to_string(&before).unwrap();
+        assert!(!text.contains("offered") && !text.contains("bandwidth"), "{text}");
+        assert_eq!(serde_json::from_str::<DeviceRecord>(&text).unwrap(), before);
     }
 
     #[test]

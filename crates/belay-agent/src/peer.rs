@@ -301,9 +301,20 @@ impl Agent {
             epoch: request.epoch,
             role,
             offered: None,
+            bandwidth: None,
         };
         self.write_record(record.clone()).await?;
-        let device = self.start_device(record).await?;
+        let device = match self.start_device(record.clone()).await {
+            Ok(device) => device,
+            Err(error) => {
+                // Nothing of it may stand in the way of the next attempt.
+                match self.device_by_id(record.identity.id) {
+                    Some(device) => self.drop_device(&device).await?,
+                    None => self.drop_record(record).await?,
+                }
+                return Err(error);
+            }
+        };
         let prepared = device.wait_for(0, &["Prepared", "PeerRefused"], Duration::from_secs(15)).await;
         match prepared {
             Ok(text) if text.starts_with("Prepared") => Ok(answer(false)),
@@ -349,5 +360,66 @@ impl Agent {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use belay_wire::device::{BlockGeometry, DeviceClass};
+
+    use super::*;
+    use crate::config::Config;
+    use crate::ledger::Ledger;
+
+    #[tokio::test]
+    async fn device_that_cannot_be_served_here_leaves_no_record_of_its_preparation() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(&folder.path().join("ledger.redb")).unwrap();
+        // Where the folder of the sockets would be made there is a file.
+        std::fs::write(folder.path().join("devices"), "").unwrap();
+        let config = Config { runtime_dir: folder.path().to_owned(), ..Config::default() };
+        let agent = Agent::new(config, None, ledger);
+        let identity = DeviceIdentity {
+            id: DeviceId::random(),
+            name: "disk0".into(),
+            vm: None,
+            class: DeviceClass::Block(BlockGeometry {
+                size_bytes: 1 << 20,
+                block_bytes: 512,
+                queues: 1,
+                queue_entries: 128,
+                read_only: false,
+                serial: String::new(),
+            }),
+        };
+        let prepare = Prepare {
+            identity,
+            epoch: Epoch(1),
+            mode: Mode::Stay,
+            needed_bytes: 0,
+            delay_us: None,
+            direct: false,
+            again: false,
+            dry_run: false,
+        };
+        agent.prepare("host-x", prepare.clone()).await.unwrap_err();
+        assert!(agent.ledger.devices().unwrap().is_empty());
+        assert!(agent.devices().is_empty());
+        // What was left here of an earlier stay is still known.
+        let role = RoleRecord::Tombstone {
+            moved_to: "host-x".into(),
+            backend: belay_block::BackendSpec::file("/a".into()),
+        };
+        let left = DeviceRecord {
+            schema: SCHEMA,
+            identity: prepare.identity.clone(),
+            epoch: Epoch(1),
+            role,
+            offered: None,
+            bandwidth: None,
+        };
+        agent.ledger.put_device(&left).unwrap();
+        agent.prepare("host-x", prepare).await.unwrap_err();
+        assert_eq!(agent.ledger.devices().unwrap(), [left]);
     }
 }

@@ -339,7 +339,7 @@ pub(crate) struct MigrateArgs {
     /// Whether its data follows, or stays here and is used over the network
     #[arg(long, value_enum, default_value_t = Mode::Follow)]
     pub(crate) mode: Mode,
-    /// The limit for copying, for example 500MB/s
+    /// The limit for copying its memory, for example 500MB/s
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub(crate) bandwidth: Option<u64>,
     /// Only check whether it would work

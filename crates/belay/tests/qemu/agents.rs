@@ -94,3 +94,27 @@ fn agents_killed_while_the_disk_is_copied_go_on_with_the_copy() {
         guest.goes_on(&bed.b, 130).map(drop)
     });
 }
+
+#[test]
+fn limit_of_a_copy_is_kept_when_its_agent_is_killed() {
+    with_bed(|bed| {
+        let guest = bed.a.run_boot_guest("vm", "20ms")?;
+        bed.b.configure("[exchange]\nin_flight_bytes = 4096\n")?;
+        bed.b.terminate_agent()?;
+        bed.b.start_agent()?;
+        migrate(&bed.a, &bed.b, &guest.vm, &["--mode", "stay"])?;
+        // At once: the guest may have come just now. 2 MiB would take half an hour.
+        bed.b.belay(&["exchange", &guest.disk, "--bandwidth", "1K"])?;
+        for limit in ["1K", "2K"] {
+            bed.b.belay(&["exchange", &guest.disk, "--bandwidth", limit])?;
+            bed.b.kill_agent()?;
+            bed.b.start_agent()?;
+            bed.b.wait_copying(&guest.disk)?;
+            guest.goes_on(&bed.b, 40)?;
+            bed.b.wait_copying(&guest.disk)?;
+        }
+        bed.b.belay(&["exchange", &guest.disk, "--bandwidth", "100M"])?;
+        bed.b.wait_device(&guest.disk, "local")?;
+        guest.goes_on(&bed.b, 4).map(drop)
+    });
+}

@@ -207,6 +207,9 @@ impl Device {
                     self.disable_notifications();
                 }
                 self.ring.submit()?;
+                if !work && self.local.as_ref().is_some_and(|local| local.needs_kernel_worker()) {
+                    std::thread::yield_now();
+                }
                 continue;
             }
             if self.enable_notifications() || !self.more_to_read.is_empty() || self.vmm_readable_later {

@@ -75,6 +75,12 @@ pub trait Backend: Send {
     /// Operations taken and not yet given back by `finished`.
     fn in_flight(&self) -> usize;
 
+    /// Whether an operation in flight may need a kernel worker on this thread's own processor to end: a thread that
+    /// looks for its end without sleeping then has to yield, or it keeps that worker waiting.
+    fn needs_kernel_worker(&self) -> bool {
+        false
+    }
+
     /// Gives up an operation if it has not been started (it then comes out of `finished` with `ECANCELED`);
     /// one that has started goes on to its end. Unknown ids are ignored.
     fn cancel(&mut self, id: OpId) {

@@ -59,6 +59,10 @@ impl Backend for Delay {
         self.cancelled.pop_front().or_else(|| self.inner.finished())
     }
 
+    fn needs_kernel_worker(&self) -> bool {
+        self.inner.needs_kernel_worker()
+    }
+
     fn in_flight(&self) -> usize {
         self.held.len() + self.cancelled.len() + self.inner.in_flight()
     }

@@ -145,6 +145,10 @@ impl Backend for Fault {
         self.failed.pop_front().or_else(|| self.inner.finished())
     }
 
+    fn needs_kernel_worker(&self) -> bool {
+        self.inner.needs_kernel_worker()
+    }
+
     fn in_flight(&self) -> usize {
         self.failed.len() + self.inner.in_flight()
     }

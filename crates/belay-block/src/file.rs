@@ -108,6 +108,9 @@ pub struct FileBackend {
     #[allow(clippy::vec_box, reason = "boxes are reused: an entry must not move while the kernel has it")]
     spare: Vec<Box<Entry>>,
     in_kernel: usize,
+    /// Those of `in_kernel` that change the file. Linux ends direct writes on a worker of the processor that the
+    /// disk's interrupt went to (`iomap_dio_bio_end_io`), reads in the interrupt.
+    changing: usize,
     finished: VecDeque<Done>,
     /// Entries that the ring had no room for, and when to try again.
     refused: VecDeque<usize>,
@@ -160,6 +163,7 @@ impl FileBackend {
             free: Vec::new(),
             spare: Vec::new(),
             in_kernel: 0,
+            changing: 0,
             finished: VecDeque::new(),
             refused: VecDeque::new(),
             retry_at: None,
@@ -251,11 +255,15 @@ impl FileBackend {
     fn push(&mut self, slot: usize, ring: &mut Ring, now: Instant) {
         let fd = types::Fd(self.file.as_raw_fd());
         let Some(entry) = &mut self.entries[slot] else { return };
+        let changes = entry.op.kind != OpKind::Read;
         let sqe = entry.submission(fd);
         // SAFETY: the entry is boxed and stays in `entries`, with its buffer and iovecs, until its completion has
         // been taken; if the backend is dropped before, `drop` leaks it and the descriptor.
         match unsafe { ring.push(sqe, Token::new(self.owner, slot as u64)) } {
-            Ok(()) => self.in_kernel += 1,
+            Ok(()) => {
+                self.in_kernel += 1;
+                self.changing += usize::from(changes);
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 self.refused.push_back(slot);
                 self.retry_at = Some(now);
@@ -347,10 +355,9 @@ impl Backend for FileBackend {
             return;
         }
         let slot = cqe.token.slot as usize;
-        if self.entries.get(slot).is_none_or(Option::is_none) {
-            return;
-        }
+        let Some(entry) = self.entries.get(slot).and_then(Option::as_ref) else { return };
         self.in_kernel -= 1;
+        self.changing -= usize::from(entry.op.kind != OpKind::Read);
         if !self.refused.is_empty() {
             self.retry(ring, now);
         }
@@ -383,6 +390,10 @@ impl Backend for FileBackend {
 
     fn in_flight(&self) -> usize {
         self.entries.len() - self.free.len() + self.finished.len()
+    }
+
+    fn needs_kernel_worker(&self) -> bool {
+        self.changing > 0
     }
 
     fn data_extents(&self, offset: u64, len: u64) -> io::Result<Vec<Range<u64>>> {

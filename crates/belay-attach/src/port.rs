@@ -285,7 +285,26 @@ impl Device {
         }
     }
 
+    /// The number under which an earlier process of this host knew a request. The VMM could have written anything.
+    fn number_of(&self, tag: u64) -> Option<TxId> {
+        let txid = TxId(tag);
+        (tag != 0 && txid.epoch() <= self.epoch.next()).then_some(txid)
+    }
+
+    /// Numbers of an earlier process, in all queues: the first ring to start must draw none that a later one brings.
+    fn see_marked_numbers(&mut self) {
+        let tags = self.port.connection.as_ref().map(Connection::tags).unwrap_or_default();
+        for tag in tags {
+            if let Some(txid) = self.number_of(tag) {
+                self.seen_txid(txid);
+            }
+        }
+    }
+
     fn on_ring_started(&mut self, index: u16, start: Start, marked: &[Marked]) {
+        if !self.port.started() {
+            self.see_marked_numbers();
+        }
         let Some(queue) = self.port.queue(index) else { return };
         let resumed = queue.stopped_at.take();
         queue.broken = false;
@@ -350,7 +369,7 @@ impl Device {
         tracing::info!(device = %self.identity.name, queue = index, requests = marked.len(), "requests of an earlier process go on");
         self.run_ring(index, start.used.wrapping_add(marked.len() as u16));
         for mark in marked {
-            let txid = (mark.tag != 0).then_some(TxId(mark.tag));
+            let txid = self.number_of(mark.tag);
             if let Some(txid) = txid {
                 self.seen_txid(txid);
             }

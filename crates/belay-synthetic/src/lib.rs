@@ -4,11 +4,18 @@
 #![allow(unsafe_code, reason = "it writes guest memory, which a mapping is for Rust")]
 #![allow(clippy::missing_panics_doc, reason = "a test's failure is a panic")]
 
+mod memory;
+mod model;
+
 use std::collections::HashMap;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
+
+use memory::Memory;
+use model::{Model, content};
 
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
@@ -28,6 +35,8 @@ const MEMORY: usize = 64 << 20;
 pub const SLOTS: usize = 40;
 /// Bytes of a request's data.
 pub const BLOCK: usize = 4096;
+/// A zombie's writes have versions from here on.
+const ZOMBIE_VERSIONS: u64 = 1 << 40;
 /// A lost completion would wait for ever: that long is "for ever".
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -55,17 +64,29 @@ struct Connection {
     calls: Vec<EventFd>,
 }
 
+/// What a VM that moves leaves behind.
+pub struct Left {
+    connection: Option<Connection>,
+    region: Option<(VhostUserInflight, std::fs::File)>,
+    bases: Vec<u16>,
+}
+
+impl Left {
+    /// The agent there has died.
+    pub fn lose_connection(&mut self) {
+        self.connection = None;
+    }
+}
+
 /// The VM.
 pub struct Guest {
-    memory: OwnedFd,
-    base: *mut u8,
+    memory: Memory,
     queues: usize,
     blocks: u64,
     avail: Vec<u16>,
     seen: Vec<u16>,
     in_flight: HashMap<(usize, usize), Doing>,
-    /// Version of each block's last acknowledged write.
-    versions: HashMap<u64, u64>,
+    model: Model,
     next_version: u64,
     /// Requests completed.
     pub completed: u64,
@@ -82,30 +103,14 @@ pub struct Guest {
 impl Guest {
     /// A VM with so many queues, whose disk has so many blocks, all zero.
     pub fn new(queues: usize, blocks: u64, seed: u64) -> Self {
-        let memory = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        rustix::fs::ftruncate(&memory, MEMORY as u64).unwrap();
-        // SAFETY: a fresh shared mapping of a memfd that is as long.
-        let base = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                MEMORY,
-                rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE,
-                rustix::mm::MapFlags::SHARED,
-                &memory,
-                0,
-            )
-        }
-        .unwrap()
-        .cast();
         Self {
-            memory,
-            base,
+            memory: Memory::new(MEMORY),
             queues,
             blocks,
             avail: vec![0; queues],
             seen: vec![0; queues],
             in_flight: HashMap::new(),
-            versions: HashMap::new(),
+            model: Model::default(),
             next_version: 1,
             completed: 0,
             errors: 0,
@@ -114,25 +119,6 @@ impl Guest {
             bases: vec![0; queues],
             random: Random(seed),
         }
-    }
-
-    fn put(&self, at: usize, bytes: &[u8]) {
-        assert!(at + bytes.len() <= MEMORY);
-        // SAFETY: inside the mapping.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base.add(at), bytes.len()) };
-    }
-
-    fn get<const N: usize>(&self, at: usize) -> [u8; N] {
-        assert!(at + N <= MEMORY);
-        let mut out = [0; N];
-        // SAFETY: inside the mapping.
-        unsafe { std::ptr::copy_nonoverlapping(self.base.add(at), out.as_mut_ptr(), N) };
-        out
-    }
-
-    fn index(&self, at: usize) -> &AtomicU16 {
-        // SAFETY: inside the mapping, aligned, and only ever accessed as an atomic by this test.
-        unsafe { &*self.base.add(at).cast::<AtomicU16>() }
     }
 
     fn ring(&self, queue: usize) -> usize {
@@ -145,8 +131,15 @@ impl Guest {
 
     /// Connects to a back-end as QEMU does; rings start at the bases of the last stop.
     pub fn connect(&mut self, socket: &Path) {
-        let mut frontend = Frontend::connect(socket, self.queues as u64).unwrap();
-        let features = frontend.get_features().unwrap();
+        assert!(self.try_connect(socket), "nobody listens at {}", socket.display());
+    }
+
+    /// As [`Guest::connect`]. `false`: nobody listens there, or nobody answers: the socket of an agent that was killed
+    /// takes connections until the kernel has cleaned up its io_uring.
+    pub fn try_connect(&mut self, socket: &Path) -> bool {
+        let Ok(stream) = UnixStream::connect(socket) else { return false };
+        let mut frontend = Frontend::from_stream(stream, self.queues as u64);
+        let Ok(features) = frontend.get_features() else { return false };
         let protocol = frontend.get_protocol_features().unwrap();
         frontend.set_protocol_features(protocol).unwrap();
         assert!(protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD));
@@ -156,6 +149,7 @@ impl Guest {
         let kicks = (0..self.queues).map(|_| EventFd::new(libc::EFD_NONBLOCK).unwrap()).collect();
         let calls = (0..self.queues).map(|_| EventFd::new(libc::EFD_NONBLOCK).unwrap()).collect();
         self.connection = Some(Connection { frontend, kicks, calls });
+        true
     }
 
     /// A region of a new life (a fresh VMM, a reset): nothing in flight.
@@ -172,38 +166,49 @@ impl Guest {
 
     /// Starts the rings.
     pub fn start(&mut self) {
+        self.give_memory();
+        for queue in 0..self.queues {
+            self.start_ring(queue);
+        }
+    }
+
+    /// Gives the back-end the memory, and what is in flight: then rings can be started one by one.
+    pub fn give_memory(&mut self) {
         let memory = VhostUserMemoryRegionInfo {
             guest_phys_addr: 0,
-            memory_size: MEMORY as u64,
-            userspace_addr: self.base as u64,
+            memory_size: self.memory.len() as u64,
+            userspace_addr: self.memory.address(),
             mmap_offset: 0,
-            mmap_handle: self.memory.as_raw_fd(),
+            mmap_handle: self.memory.fd(),
         };
         let connection = self.connection.as_mut().unwrap();
         if let Some((region, file)) = &self.inflight_region {
             connection.frontend.set_inflight_fd(region, file.as_raw_fd()).unwrap();
         }
         connection.frontend.set_mem_table(&[memory]).unwrap();
-        for queue in 0..self.queues {
-            let ring = self.base as u64 + (queue * QUEUE_STRIDE) as u64;
-            let frontend = &mut connection.frontend;
-            frontend.set_vring_num(queue, RING_SIZE).unwrap();
-            frontend.set_vring_base(queue, self.bases[queue]).unwrap();
-            let config = VringConfigData {
-                queue_max_size: RING_SIZE,
-                queue_size: RING_SIZE,
-                flags: 0,
-                desc_table_addr: ring,
-                avail_ring_addr: ring + AVAIL as u64,
-                used_ring_addr: ring + USED as u64,
-                log_addr: None,
-            };
-            frontend.set_vring_addr(queue, &config).unwrap();
-            frontend.set_vring_call(queue, &connection.calls[queue]).unwrap();
-            connection.kicks[queue].write(1).unwrap();
-            frontend.set_vring_kick(queue, &connection.kicks[queue]).unwrap();
-            frontend.set_vring_enable(queue, true).unwrap();
-        }
+    }
+
+    /// Starts one ring; see [`Guest::give_memory`].
+    pub fn start_ring(&mut self, queue: usize) {
+        let ring = self.memory.address() + (queue * QUEUE_STRIDE) as u64;
+        let connection = self.connection.as_mut().unwrap();
+        let frontend = &mut connection.frontend;
+        frontend.set_vring_num(queue, RING_SIZE).unwrap();
+        frontend.set_vring_base(queue, self.bases[queue]).unwrap();
+        let config = VringConfigData {
+            queue_max_size: RING_SIZE,
+            queue_size: RING_SIZE,
+            flags: 0,
+            desc_table_addr: ring,
+            avail_ring_addr: ring + AVAIL as u64,
+            used_ring_addr: ring + USED as u64,
+            log_addr: None,
+        };
+        frontend.set_vring_addr(queue, &config).unwrap();
+        frontend.set_vring_call(queue, &connection.calls[queue]).unwrap();
+        connection.kicks[queue].write(1).unwrap();
+        frontend.set_vring_kick(queue, &connection.kicks[queue]).unwrap();
+        frontend.set_vring_enable(queue, true).unwrap();
     }
 
     /// Stops the rings, as at a pause or at the switchover.
@@ -226,7 +231,7 @@ impl Guest {
     pub fn lose_connection(&mut self) {
         self.connection = None;
         for queue in 0..self.queues {
-            self.bases[queue] = self.index(self.ring(queue) + USED + 2).load(Ordering::Acquire);
+            self.bases[queue] = self.memory.index(self.ring(queue) + USED + 2).load(Ordering::Acquire);
         }
     }
 
@@ -234,6 +239,65 @@ impl Guest {
     pub fn migrate_away(&mut self) {
         self.connection = None;
         self.inflight_region = None;
+    }
+
+    /// The VM, stopped, tries to move. What stays behind is a VMM that is still connected: the VM can go back to it.
+    pub fn leave(&mut self) -> Left {
+        Left {
+            connection: self.connection.take(),
+            region: self.inflight_region.take(),
+            bases: self.bases.clone(),
+        }
+    }
+
+    /// The move did not happen: the VM goes on where it was, with what was in flight there. Nothing may have completed
+    /// meanwhile. `false`: the agent there has died since, so connect first, then start.
+    pub fn go_back(&mut self, left: Left) -> bool {
+        self.inflight_region = left.region;
+        self.bases = left.bases;
+        self.connection = left.connection;
+        if self.connection.is_none() {
+            self.lose_connection();
+            return false;
+        }
+        self.start();
+        true
+    }
+
+    /// A second VM with the same memory, as it is left behind by a migration: a zombie if it runs again.
+    #[must_use]
+    pub fn zombie(&self) -> Self {
+        Self {
+            memory: self.memory.copy(),
+            queues: self.queues,
+            blocks: self.blocks,
+            avail: self.avail.clone(),
+            seen: self.seen.clone(),
+            in_flight: self.in_flight.clone(),
+            model: self.model.clone(),
+            next_version: ZOMBIE_VERSIONS,
+            completed: 0,
+            errors: 0,
+            connection: None,
+            inflight_region: None,
+            bases: self.bases.clone(),
+            random: Random(self.random.0 ^ ZOMBIE_VERSIONS),
+        }
+    }
+
+    /// Whether a VMM's connection is open, as far as this side knows.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.connection.is_some()
+    }
+
+    /// Checks a disk's content against what the VM has written. Nothing may be in flight.
+    pub fn check_image(&self, bytes: &[u8]) {
+        assert!(self.in_flight.is_empty(), "a disk in use is not checked");
+        assert_eq!(bytes.len() as u64, self.blocks * BLOCK as u64);
+        for (block, bytes) in (0..).zip(bytes.chunks_exact(BLOCK)) {
+            self.model.check(block, bytes);
+        }
     }
 
     /// The VM's memory is at the other back-end, and its rings start there.
@@ -251,16 +315,15 @@ impl Guest {
 
     /// Forgets everything, as a reset does; used and available rings begin anew.
     pub fn reset(&mut self) {
-        // A write that was in flight may or may not have happened: such blocks are not checked any more.
         let lost: Vec<Doing> = self.in_flight.drain().map(|(_, doing)| doing).collect();
         for doing in lost {
-            if let Doing::Write { block, .. } = doing {
-                self.versions.remove(&block);
+            if let Doing::Write { block, version } = doing {
+                self.model.given_up(block, version);
             }
         }
         for queue in 0..self.queues {
             let ring = self.ring(queue);
-            self.put(ring, &[0; 0x4000]);
+            self.memory.put(ring, &[0; 0x4000]);
             self.avail[queue] = 0;
             self.seen[queue] = 0;
             self.bases[queue] = 0;
@@ -270,7 +333,9 @@ impl Guest {
     /// The memory that reads in flight are to fill.
     pub fn read_buffers(&self) -> Vec<((usize, usize), [u8; BLOCK])> {
         let reads = self.in_flight.iter().filter(|(_, doing)| matches!(doing, Doing::Read { .. }));
-        reads.map(|((queue, slot), _)| ((*queue, *slot), self.get(self.slot(*queue, *slot) + DATA))).collect()
+        reads
+            .map(|((queue, slot), _)| ((*queue, *slot), self.memory.get(self.slot(*queue, *slot) + DATA)))
+            .collect()
     }
 
     /// How many requests the device had not even taken at the last stop.
@@ -281,16 +346,9 @@ impl Guest {
 
     /// Whether the memory of these buffers is as it was.
     pub fn same_buffers(&self, buffers: &[((usize, usize), [u8; BLOCK])]) -> bool {
-        buffers.iter().all(|((queue, slot), bytes)| self.get(self.slot(*queue, *slot) + DATA) == *bytes)
-    }
-
-    fn content(version: u64, block: u64) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(BLOCK);
-        while bytes.len() < BLOCK {
-            bytes.extend(version.to_le_bytes());
-            bytes.extend(block.to_le_bytes());
-        }
-        bytes
+        buffers
+            .iter()
+            .all(|((queue, slot), bytes)| self.memory.get(self.slot(*queue, *slot) + DATA) == *bytes)
     }
 
     fn busy(&self, wanted: u64) -> bool {
@@ -325,7 +383,7 @@ impl Guest {
         let (number, block) = match doing {
             Doing::Read { block } => (0u32, block),
             Doing::Write { block, version } => {
-                self.put(at + DATA, &Self::content(version, block));
+                self.memory.put(at + DATA, &content(version, block));
                 (1, block)
             }
             Doing::Flush => (4, 0),
@@ -333,10 +391,10 @@ impl Guest {
         let mut header = [0; 16];
         header[..4].copy_from_slice(&number.to_le_bytes());
         header[8..].copy_from_slice(&(block * (BLOCK as u64 / 512)).to_le_bytes());
-        self.put(at, &header);
-        self.put(at + 16, &[0xff]);
+        self.memory.put(at, &header);
+        self.memory.put(at + 16, &[0xff]);
         if number == 0 {
-            self.put(at + DATA, &[0xa5; BLOCK]);
+            self.memory.put(at + DATA, &[0xa5; BLOCK]);
         }
         let head = (slot * 3) as u16;
         let (next, write) = (1u16, 2u16);
@@ -351,23 +409,25 @@ impl Guest {
         }
         let ring = self.ring(queue);
         let position = usize::from(self.avail[queue] % RING_SIZE);
-        self.put(ring + AVAIL + 4 + position * 2, &head.to_le_bytes());
+        self.memory.put(ring + AVAIL + 4 + position * 2, &head.to_le_bytes());
         self.avail[queue] = self.avail[queue].wrapping_add(1);
-        self.index(ring + AVAIL + 2).store(self.avail[queue], Ordering::Release);
+        self.memory.index(ring + AVAIL + 2).store(self.avail[queue], Ordering::Release);
     }
 
     fn descriptor(&self, queue: usize, index: u16, addr: usize, len: usize, flags: u16, next: u16) {
         let at = self.ring(queue) + usize::from(index) * 16;
-        self.put(at, &(addr as u64).to_le_bytes());
-        self.put(at + 8, &(len as u32).to_le_bytes());
-        self.put(at + 12, &flags.to_le_bytes());
-        self.put(at + 14, &next.to_le_bytes());
+        self.memory.put(at, &(addr as u64).to_le_bytes());
+        self.memory.put(at + 8, &(len as u32).to_le_bytes());
+        self.memory.put(at + 12, &flags.to_le_bytes());
+        self.memory.put(at + 14, &next.to_le_bytes());
     }
 
-    /// Tells the back-end that there are new requests.
+    /// Tells the back-end, if there is one, that there are new requests.
     pub fn kick(&self, queue: usize) {
         fence(Ordering::SeqCst);
-        self.connection.as_ref().unwrap().kicks[queue].write(1).unwrap();
+        if let Some(connection) = &self.connection {
+            connection.kicks[queue].write(1).unwrap();
+        }
     }
 
     /// Takes completions and checks them. Returns how many there were.
@@ -375,11 +435,11 @@ impl Guest {
         let mut count = 0;
         for queue in 0..self.queues {
             let used = self.ring(queue) + USED;
-            let end = self.index(used + 2).load(Ordering::Acquire);
+            let end = self.memory.index(used + 2).load(Ordering::Acquire);
             while self.seen[queue] != end {
                 let position = usize::from(self.seen[queue] % RING_SIZE);
-                let id = u32::from_le_bytes(self.get(used + 4 + position * 8));
-                let written = u32::from_le_bytes(self.get(used + 8 + position * 8));
+                let id = u32::from_le_bytes(self.memory.get(used + 4 + position * 8));
+                let written = u32::from_le_bytes(self.memory.get(used + 8 + position * 8));
                 self.seen[queue] = self.seen[queue].wrapping_add(1);
                 self.complete(queue, id, written);
                 count += 1;
@@ -393,7 +453,7 @@ impl Guest {
         let doing =
             self.in_flight.remove(&(queue, slot)).unwrap_or_else(|| panic!("head {id} completed twice"));
         let at = self.slot(queue, slot);
-        let [status] = self.get::<1>(at + 16);
+        let [status] = self.memory.get::<1>(at + 16);
         self.completed += 1;
         if status != 0 {
             self.errors += 1;
@@ -403,23 +463,12 @@ impl Guest {
             Doing::Flush => assert_eq!(written, 1),
             Doing::Write { block, version } => {
                 assert_eq!(written, 1);
-                self.versions.insert(block, version);
+                self.model.written(block, version);
             }
             Doing::Read { block } => {
                 assert_eq!(written as usize, BLOCK + 1);
-                let bytes = self.get::<BLOCK>(at + DATA);
-                let want = self
-                    .versions
-                    .get(&block)
-                    .map_or(vec![0; BLOCK], |version| Self::content(*version, block));
-                if self.versions.contains_key(&block) || bytes == [0; BLOCK] {
-                    assert!(
-                        bytes[..] == want[..],
-                        "block {block} reads {:?}, want {:?}",
-                        &bytes[..16],
-                        &want[..16]
-                    );
-                }
+                let bytes = self.memory.get::<BLOCK>(at + DATA);
+                self.model.read(block, &bytes);
             }
         }
     }
@@ -434,23 +483,19 @@ impl Guest {
     pub fn run_until(&mut self, depth: usize, mut done: impl FnMut(&Self) -> bool) {
         let mut deadline = Instant::now() + PATIENCE;
         while !done(self) {
-            for queue in 0..self.queues {
-                let mut offered = false;
-                while self.in_flight.keys().filter(|(q, _)| *q == queue).count() < depth && self.offer(queue)
-                {
-                    offered = true;
-                }
-                if offered {
-                    self.kick(queue);
-                }
-            }
-            if self.reap() == 0 {
-                assert!(Instant::now() < deadline, "stuck with {} requests in flight", self.in_flight.len());
+            if self.step(depth) == 0 {
+                assert!(Instant::now() < deadline, "stuck with {}", self.stuck());
                 std::thread::yield_now();
             } else {
                 deadline = Instant::now() + PATIENCE;
             }
         }
+    }
+
+    /// Fills the queues once, and takes what has completed. Returns how many requests have.
+    pub fn step(&mut self, depth: usize) -> usize {
+        self.fill(depth);
+        self.reap()
     }
 
     /// Offers requests until every queue has so many in flight (or happens to draw a block that is busy).
@@ -466,12 +511,28 @@ impl Guest {
         }
     }
 
+    /// What is in flight, for whoever wonders why it stays so.
+    #[must_use]
+    pub fn stuck(&self) -> String {
+        let rings: Vec<String> = (0..self.queues)
+            .map(|queue| {
+                let used = self.memory.index(self.ring(queue) + USED + 2).load(Ordering::Acquire);
+                let here = self.in_flight.keys().filter(|(q, _)| *q == queue).count();
+                format!(
+                    "queue {queue}: {here} (avail {}, used {used}, started at {})",
+                    self.avail[queue], self.bases[queue]
+                )
+            })
+            .collect();
+        format!("{} requests in flight: {}", self.in_flight.len(), rings.join(", "))
+    }
+
     /// Waits until nothing is in flight.
     pub fn drain(&mut self) {
         let deadline = Instant::now() + PATIENCE;
         while !self.in_flight.is_empty() {
             if self.reap() == 0 {
-                assert!(Instant::now() < deadline, "stuck with {} requests in flight", self.in_flight.len());
+                assert!(Instant::now() < deadline, "stuck with {}", self.stuck());
                 std::thread::yield_now();
             }
         }
@@ -480,9 +541,7 @@ impl Guest {
     /// Reads every block that was ever written.
     pub fn verify(&mut self) {
         self.drain();
-        let mut blocks: Vec<u64> = self.versions.keys().copied().collect();
-        blocks.sort_unstable();
-        for block in blocks {
+        for block in self.model.blocks() {
             let doing = Doing::Read { block };
             self.write_request(0, 0, doing);
             self.in_flight.insert((0, 0), doing);
@@ -490,12 +549,5 @@ impl Guest {
             self.drain();
         }
         assert_eq!(self.errors, 0);
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        // SAFETY: mapped in `new`, nothing refers to it any more.
-        let _ = unsafe { rustix::mm::munmap(self.base.cast(), MEMORY) };
     }
 }

@@ -196,6 +196,13 @@ impl Connection {
         })
     }
 
+    /// What [`Ring::mark`] stored with every request that the in-flight region calls in flight, also in queues that
+    /// have not been started yet.
+    #[must_use]
+    pub fn tags(&self) -> Vec<u64> {
+        self.inflight.as_ref().map(Region::tags).unwrap_or_default()
+    }
+
     /// The socket, to be polled for readability.
     #[must_use]
     pub fn as_raw_fd(&self) -> RawFd {

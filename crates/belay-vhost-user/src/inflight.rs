@@ -155,6 +155,19 @@ impl Region {
         (queue < self.layout.queues).then(|| unsafe { self.mapping.base().add(skip as usize) })
     }
 
+    /// The tags of all requests that are marked in flight, whichever their queue; no tag is 0.
+    pub(crate) fn tags(&self) -> Vec<u64> {
+        let queues = (0..self.layout.queues).filter_map(|queue| self.attach(queue, self.layout.entries));
+        queues
+            .flat_map(|queue| {
+                let marked = (0..queue.size).filter(|head| queue.flag(*head).load(Ordering::Acquire) == 1);
+                marked
+                    .filter_map(|head| queue.tag(head).map(|tag| tag.load(Ordering::Relaxed)))
+                    .collect::<Vec<u64>>()
+            })
+            .collect()
+    }
+
     /// The part of one queue, for a ring of `size` entries. `None`: the region has none, or too small a one.
     pub(crate) fn attach(&self, queue: u16, size: u16) -> Option<InflightQueue> {
         if size > self.layout.entries {
@@ -324,6 +337,18 @@ mod tests {
         let marked = region.attach(1, 8).unwrap().recover(1);
         assert_eq!(marked, [Marked { head: 5, tag: 50 }, Marked { head: 7, tag: 70 }]);
         assert_eq!(region.attach(0, 8).unwrap().recover(0), []);
+    }
+
+    #[test]
+    fn tags_of_every_queue_are_told_while_they_are_marked() {
+        let (fd, len) = create(3, 8).unwrap();
+        let region = open(&fd, len, 3, 8);
+        let mut queue = region.attach(2, 8).unwrap();
+        queue.mark(7, 70);
+        queue.mark(1, 10);
+        queue.unmark(1);
+        region.attach(0, 4).unwrap().mark(3, 30);
+        assert_eq!(region.tags(), [30, 70]);
     }
 
     #[test]

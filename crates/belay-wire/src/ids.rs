@@ -59,6 +59,12 @@ impl TxId {
         Self(epoch.0 << TXID_COUNTER_BITS | 1)
     }
 
+    /// The epoch in which it was drawn.
+    #[must_use]
+    pub fn epoch(self) -> Epoch {
+        Epoch(self.0 >> TXID_COUNTER_BITS)
+    }
+
     /// The number after this one.
     #[must_use]
     pub fn next(self) -> Self {

@@ -249,3 +249,12 @@ pub fn wait_for(host: &mut Host, other: &mut Host, what: &str) {
         assert!(Instant::now() < deadline, "no {what}; seen {:?} and {:?}", host.seen, other.seen);
     }
 }
+
+/// Waits until something is so.
+pub fn until(mut so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !so() {
+        assert!(Instant::now() < deadline, "waited in vain");
+        std::thread::yield_now();
+    }
+}

@@ -1,6 +1,8 @@
 //! Two real agents and a VM in miniature that moves between them without QEMU: every request is checked.
 
+mod fleet;
 mod moves;
+mod random;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -44,27 +46,43 @@ fn call(host: &Path, method: &str, path: &str, body: Option<&Value>) -> Result<V
 }
 
 fn show(host: &Host) -> Result<Value> {
-    call(&host.folder, "GET", "/v1/devices/disk0", None)
+    show_named(host, "disk0")
+}
+
+fn show_named(host: &Host, name: &str) -> Result<Value> {
+    call(&host.folder, "GET", &format!("/v1/devices/{name}"), None)
 }
 
 fn offer(folder: &Path, to: &str, mode: &str) -> Result<PathBuf> {
+    offer_named(folder, "disk0", to, mode)
+}
+
+fn offer_named(folder: &Path, name: &str, to: &str, mode: &str) -> Result<PathBuf> {
     let body = json!({"to": to, "mode": mode});
-    let offered = call(folder, "POST", "/v1/devices/disk0/offer", Some(&body))?;
+    let offered = call(folder, "POST", &format!("/v1/devices/{name}/offer"), Some(&body))?;
     Ok(offered["socket"].as_str().context("no socket")?.into())
 }
 
 fn socket(host: &Host) -> PathBuf {
-    host.folder.join("devices/disk0.sock")
+    socket_named(host, "disk0")
+}
+
+fn socket_named(host: &Host, name: &str) -> PathBuf {
+    host.folder.join(format!("devices/{name}.sock"))
 }
 
 /// A disk of `host` that takes its time, and a VM on it.
 fn boot(host: &Host, queues: u16, delay_us: u64, seed: u64) -> Result<Guest> {
-    let image = host.folder.join("disk0.img");
+    boot_named(host, "disk0", queues, delay_us, seed)
+}
+
+fn boot_named(host: &Host, name: &str, queues: u16, delay_us: u64, seed: u64) -> Result<Guest> {
+    let image = host.folder.join(format!("{name}.img"));
     let body =
-        json!({"name": "disk0", "path": image, "size_bytes": SIZE, "queues": queues, "delay_us": delay_us});
+        json!({"name": name, "path": image, "size_bytes": SIZE, "queues": queues, "delay_us": delay_us});
     call(&host.folder, "POST", "/v1/devices", Some(&body))?;
     let mut guest = Guest::new(usize::from(queues), BLOCKS, seed);
-    guest.connect(&socket(host));
+    guest.connect(&socket_named(host, name));
     guest.fresh_inflight_region();
     guest.start();
     Ok(guest)
@@ -115,9 +133,16 @@ fn hand_over(guest: &mut Guest, from: &Host, to: &Host, mode: &'static str) -> R
 
 /// Brings the disk to `host`. Right after a handover the host's ledger does not know yet that the disk may come.
 fn bring(folder: &Path) -> Result<()> {
-    until("an exchange that begins", || match call(folder, "POST", "/v1/devices/disk0/exchange", None) {
-        Err(error) if error.to_string().contains("not backed by another host") => Ok(None),
-        outcome => outcome.map(Some),
+    bring_named(folder, "disk0", None)
+}
+
+fn bring_named(folder: &Path, name: &str, bandwidth: Option<u64>) -> Result<()> {
+    let body = json!({"bandwidth": bandwidth});
+    until("an exchange that begins", || {
+        match call(folder, "POST", &format!("/v1/devices/{name}/exchange"), Some(&body)) {
+            Err(error) if error.to_string().contains("not backed by another host") => Ok(None),
+            outcome => outcome.map(Some),
+        }
     })
     .map(drop)
 }

@@ -170,23 +170,34 @@ impl Agent {
             }
         };
         check("name", free);
+        // Before anything is done with what it names: QEMU is tried with the kernel, and files are opened.
+        let forbidden = self.forbidden(&spec);
+        for forbidden in &forbidden {
+            check("argument", Err(format!("host {here}: {forbidden}")));
+        }
+        let needs = spec.adopted.iter().flat_map(|adopted| &adopted.needs);
+        let mut complete = forbidden.is_empty();
+        for path in
+            spec.kernel.iter().chain(&spec.initrd).chain(needs).filter(|path| self.peers_may_read(path))
+        {
+            let there = std::fs::File::open(path).map(|_| format!("host {here} has it"));
+            let copy = |error| {
+                format!("{}, which the VM is started with: {error}; copy it to host {here}", path.display())
+            };
+            complete &= there.is_ok();
+            check(&format!("file {}", path.display()), there.map_err(copy));
+        }
         match Qemu::find(self.config.vmm.qemu.as_deref()).await {
             Err(error) => check("qemu", Err(format!("host {here}: {error}"))),
             Ok(qemu) => {
                 check("qemu", not_older(&here, &request.qemu, qemu.version));
                 check("machine", has_machine(&here, &qemu, &spec).await);
-                let accel = self.choose_accel(&qemu, spec.accel, spec.kernel.as_deref()).await;
-                let accel = accel.map(|accel| format!("host {here} runs it with {}", accel.name()));
-                check("accelerator", accel.map_err(|error| format!("host {here}: {error}")));
+                if complete {
+                    let accel = self.choose_accel(&qemu, spec.accel, spec.kernel.as_deref()).await;
+                    let accel = accel.map(|accel| format!("host {here} runs it with {}", accel.name()));
+                    check("accelerator", accel.map_err(|error| format!("host {here}: {error}")));
+                }
             }
-        }
-        let needs = spec.adopted.iter().flat_map(|adopted| &adopted.needs);
-        for path in spec.kernel.iter().chain(&spec.initrd).chain(needs) {
-            let there = std::fs::File::open(path).map(|_| format!("host {here} has it"));
-            let copy = |error| {
-                format!("{}, which the VM is started with: {error}; copy it to host {here}", path.display())
-            };
-            check(&format!("file {}", path.display()), there.map_err(copy));
         }
         Ok(VmChecked { checks })
     }

@@ -70,7 +70,7 @@ pub struct LinkConfig {
 }
 
 /// `[vmm]`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct VmmConfig {
     /// The QEMU binary; default: `BELAY_QEMU`, else `qemu-system-x86_64` in PATH.
@@ -81,6 +81,10 @@ pub struct VmmConfig {
     pub migration_address: Option<String>,
     /// The limit of a VM's memory transfer, in bytes per second; 0: 4 GiB/s.
     pub migration_bandwidth_bytes_per_s: u64,
+    /// QEMU arguments that other hosts may choose for a VM that they send here, besides those that are harmless.
+    pub allow_args: Vec<String>,
+    /// Folders with files that such a VM may read: kernels, firmware, images of CDs.
+    pub allow_paths: Vec<PathBuf>,
 }
 
 /// `[exchange]`.
@@ -122,6 +126,19 @@ impl Default for Config {
 impl Default for LinkConfig {
     fn default() -> Self {
         Self { listen: "0.0.0.0:7420".into(), heartbeat_ms: 500, dead_after_ms: 3000 }
+    }
+}
+
+impl Default for VmmConfig {
+    fn default() -> Self {
+        Self {
+            qemu: None,
+            user: None,
+            migration_address: None,
+            migration_bandwidth_bytes_per_s: 0,
+            allow_args: Vec::new(),
+            allow_paths: vec!["/usr/share".into()],
+        }
     }
 }
 
@@ -180,6 +197,19 @@ impl Config {
         }
         if self.exchange.in_flight_bytes == 0 {
             return Err("exchange.in_flight_bytes = 0: nothing could be copied".to_owned());
+        }
+        if let Some(wrong) =
+            self.vmm.allow_args.iter().find(|entry| !entry.starts_with('-') && entry.trim() != "*")
+        {
+            return Err(format!(
+                "vmm.allow_args: {wrong:?}: write a QEMU option such as \"-netdev tap\", or \"*\" for all"
+            ));
+        }
+        if let Some(wrong) = self.vmm.allow_paths.iter().find(|folder| !folder.is_absolute()) {
+            return Err(format!(
+                "vmm.allow_paths: {:?}: write a path that begins with /",
+                wrong.display().to_string()
+            ));
         }
         match self.vmm.migration_address.as_deref().map(str::parse::<std::net::IpAddr>) {
             Some(Err(_)) => Err("vmm.migration_address: write an IP address".to_owned()),
@@ -257,6 +287,8 @@ mod tests {
             ("[link]\ndead_after_ms = 500", "link.dead_after_ms"),
             ("[exchange]\nin_flight_bytes = 0", "exchange.in_flight_bytes"),
             ("[vmm]\nmigration_address = \"host-a\"", "vmm.migration_address"),
+            ("[vmm]\nallow_args = [\"netdev\"]", "vmm.allow_args"),
+            ("[vmm]\nallow_paths = [\"boot\"]", "vmm.allow_paths"),
         ] {
             let error = Config::parse(text).unwrap().check().unwrap_err();
             assert!(error.starts_with(key), "{error}");

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use belay_vmm::{Accel, AccelChoice, DiskPlug, ProcessId, Qemu, QemuCommand, Qmp, VmSpec, VmmProcess};
+use belay_vmm::{
+    Accel, AccelChoice, DiskPlug, Forbidden, Policy, ProcessId, Qemu, QemuCommand, Qmp, VmSpec, VmmProcess,
+};
 use serde::Serialize;
 
 use crate::agent::Agent;
@@ -344,7 +346,36 @@ impl Agent {
                 self.host()
             )));
         }
+        let uses = |vm: &Arc<Vm>| spec.disks.iter().any(|disk| vm.record.devices.contains(&disk.device));
+        if let Some(vm) = self.vms.all().iter().find(|vm| vm.record.name != spec.name && uses(vm)) {
+            return Err(AgentError::precheck(format!(
+                "VM {}, host {}: a disk of it is used by VM {} there",
+                spec.name,
+                self.host(),
+                vm.record.name
+            )));
+        }
         Ok(())
+    }
+
+    /// What a peer may not choose for a VM here.
+    pub(crate) fn forbidden(&self, spec: &VmSpec) -> Vec<Forbidden> {
+        let may_read = |file: &Path| self.peers_may_read(file);
+        Policy { allow_args: &self.config.vmm.allow_args, may_read: &may_read }.forbidden(spec)
+    }
+
+    /// Whether a VM of a peer may read this file: it is, free of links, in one of the operator's folders.
+    pub(crate) fn peers_may_read(&self, file: &Path) -> bool {
+        let Ok(real) = file.canonicalize() else {
+            // It is not there: said later, if it could be.
+            let plain = !file.components().any(|part| part == std::path::Component::ParentDir);
+            return plain && self.config.vmm.allow_paths.iter().any(|folder| file.starts_with(folder));
+        };
+        self.config
+            .vmm
+            .allow_paths
+            .iter()
+            .any(|folder| real.starts_with(folder.canonicalize().as_deref().unwrap_or(folder)))
     }
 
     /// As a destination: a QEMU that waits for a VM's memory.
@@ -356,6 +387,9 @@ impl Agent {
         let mut spec: VmSpec = serde_json::from_value(request.spec).map_err(failed)?;
         spec.check().map_err(failed)?;
         self.check_offered(peer, &spec)?;
+        if let Some(forbidden) = self.forbidden(&spec).first() {
+            return Err(AgentError::precheck(format!("VM {}, host {}: {forbidden}", spec.name, self.host())));
+        }
         // Which program runs here is for this host to say, not for the one that asks.
         spec.qemu = None;
         let qemu = Qemu::find(self.config.vmm.qemu.as_deref()).await.map_err(failed)?;

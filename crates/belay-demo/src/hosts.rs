@@ -26,6 +26,8 @@ pub(crate) struct Host {
     namespace: Option<String>,
     pub(crate) folder: PathBuf,
     pub(crate) images: PathBuf,
+    /// The VM that runs on one of the hosts.
+    vm: &'static str,
     belay: PathBuf,
     agent: Option<Child>,
 }
@@ -52,7 +54,7 @@ fn run(program: &str, arguments: &[&str]) -> Result<()> {
 
 impl Hosts {
     /// Makes the hosts' folders, networks and identities, and starts the agents, whose copies take so many bytes per
-    /// second.
+    /// second, and which take VMs with this guest from each other.
     pub(crate) fn start(
         belay: &Path,
         sockets: &Path,
@@ -60,6 +62,7 @@ impl Hosts {
         network: Network,
         copy_bytes_per_s: u64,
         vm: &'static str,
+        guest: &Path,
     ) -> Result<Self> {
         let as_root = network == Network::Separate && rustix::process::geteuid().is_root();
         let id = std::process::id();
@@ -70,6 +73,7 @@ impl Hosts {
                 namespace: as_root.then(|| format!("belay-{id}-{number}")),
                 folder: sockets.join(name),
                 images: images.join(name),
+                vm,
                 belay: belay.to_owned(),
                 agent: None,
             }),
@@ -79,7 +83,7 @@ impl Hosts {
         if as_root {
             hosts.make_network(id)?;
         }
-        hosts.enrol_and_start(copy_bytes_per_s)?;
+        hosts.enrol_and_start(copy_bytes_per_s, guest)?;
         Ok(hosts)
     }
 
@@ -102,9 +106,9 @@ impl Hosts {
         Ok(())
     }
 
-    fn enrol_and_start(&mut self, copy_bytes_per_s: u64) -> Result<()> {
+    fn enrol_and_start(&mut self, copy_bytes_per_s: u64, guest: &Path) -> Result<()> {
         for host in &self.all {
-            host.write_config(copy_bytes_per_s)?;
+            host.write_config(copy_bytes_per_s, guest)?;
         }
         let [a, b] = &mut self.all;
         a.local(&["host", "init", "--name", a.name, "--pki", &a.pki()])?;
@@ -150,14 +154,14 @@ impl Host {
 
     /// The guest's console here.
     pub(crate) fn console(&self) -> PathBuf {
-        self.folder.join("console.sock")
+        self.folder.join(format!("{}.console", self.vm))
     }
 
-    fn write_config(&self, copy_bytes_per_s: u64) -> Result<()> {
+    fn write_config(&self, copy_bytes_per_s: u64, guest: &Path) -> Result<()> {
         std::fs::create_dir_all(&self.folder)?;
         std::fs::create_dir_all(&self.images)?;
         let text = format!(
-            "state_dir = {:?}\nruntime_dir = {:?}\npki_dir = {:?}\nimages_dir = {:?}\n\n[link]\nlisten = {:?}\n\n[exchange]\nbandwidth_bytes_per_s = {copy_bytes_per_s}\n",
+            "state_dir = {:?}\nruntime_dir = {:?}\npki_dir = {:?}\nimages_dir = {:?}\n\n[link]\nlisten = {:?}\n\n[exchange]\nbandwidth_bytes_per_s = {copy_bytes_per_s}\n\n[vmm]\nallow_paths = [{guest:?}]\n",
             self.folder.join("state"),
             self.folder,
             self.folder.join("pki"),

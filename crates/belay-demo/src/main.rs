@@ -158,7 +158,7 @@ fn specification(guest: &Path) -> String {
         "name = {VM:?}\nmemory_mib = 256\ncpus = 1\nkernel = {:?}\ninitrd = {:?}\n\
          append = \"console=ttyS0 quiet panic=-1 belay.probe=\\\"--region-mib {REGION_MIB} --threads 16 --prepared\\\"\"\n\
          disks = [{{ device = {DISK:?} }}]\n\
-         args = [\"-chardev\", \"socket,id=console,path={{runtime_dir}}/console.sock,server=on,wait=off\", \"-serial\", \"chardev:console\", \"-no-reboot\"]\n",
+         args = [\"-chardev\", \"socket,id=console,path={{runtime_dir}}/{VM}.console,server=on,wait=off\", \"-serial\", \"chardev:console\", \"-no-reboot\"]\n",
         path("vmlinuz"),
         path("initrd.img"),
     )
@@ -167,7 +167,7 @@ fn specification(guest: &Path) -> String {
 fn run(belay: &Path, probe: &Path, guest: &Path, out: &Path, sockets: &Path, images: &Path) -> Result<()> {
     let began = Instant::now();
     say("two hosts, an agent on each, enrolled with each other by a one-time token");
-    let hosts = Hosts::start(belay, sockets, images, Network::Separate, COPY_BYTES_PER_S, VM)?;
+    let hosts = Hosts::start(belay, sockets, images, Network::Separate, COPY_BYTES_PER_S, VM, guest)?;
     let [a, b] = &hosts.all;
     let disk = images.join("disk0-original.img");
     make_disk(probe, &disk)?;

@@ -39,13 +39,16 @@ impl Host {
         Ok(host)
     }
 
-    /// Writes the agent's configuration, with `more` at its end; the next agent obeys it.
+    /// Writes the agent's configuration, with `more` at its end, in or behind `[vmm]`; the next agent obeys it.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn configure(&self, more: &str) -> Result<()> {
+        // The kernel of Linux guests, at the same place on every host.
+        let guest = crate::linux_guest().map(|guest| format!("allow_paths = [{guest:?}]\n"));
+        let guest = guest.unwrap_or_default();
         let text = format!(
-            "state_dir = {:?}\nruntime_dir = {:?}\npki_dir = {:?}\nimages_dir = {:?}\n\n[link]\nlisten = {:?}\n{more}",
+            "state_dir = {:?}\nruntime_dir = {:?}\npki_dir = {:?}\nimages_dir = {:?}\n\n[link]\nlisten = {:?}\n\n[vmm]\n{guest}{more}",
             self.folder.join("state"),
             self.folder,
             self.folder.join("pki"),

@@ -4,7 +4,7 @@
 //! in that order), and only what belongs to this host is replaced: the sockets of Belay's devices, other sockets,
 //! logs, the machine's alias, the accelerator's choice. What cannot be at another host is refused: see [`Refusal`].
 
-mod options;
+pub(crate) mod options;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use self::options::{KeyValues, pairs};
 use crate::command::DiskPlug;
+use crate::policy::is_own_output;
 use crate::spec::{AccelChoice, DiskSpec, VmSpec};
 
 /// Arguments of a QEMU that was adopted, ready for another host.
@@ -398,7 +399,10 @@ impl<'a> Taker<'a> {
         let real = (self.running.resolve)(Path::new(path));
         let base = (self.running.resolve)(self.running.runtime_dir);
         if let Ok(inside) = real.strip_prefix(&base) {
-            return format!("{{runtime_dir}}/{}", inside.display());
+            let inside = format!("{{runtime_dir}}/{}", inside.display());
+            if is_own_output(self.running.name, &inside) {
+                return inside;
+            }
         }
         if real.starts_with("/dev") {
             return path.to_owned();

@@ -10,6 +10,7 @@
 //! | [`spec`] | the VM's specification, a TOML file |
 //! | [`command`] | specification + sockets → QEMU's arguments (no I/O) |
 //! | [`adopt`] | a QEMU that runs already → how to start it at another host (no I/O) |
+//! | [`policy`] | which arguments another host may choose for a VM that it sends here (no I/O) |
 //! | [`process`] | QEMU as a process that outlives the agent |
 //! | [`detect`] | which QEMU is here, what it can do, and whether KVM works |
 
@@ -17,6 +18,7 @@ pub mod adopt;
 pub mod command;
 pub mod detect;
 pub mod migrate;
+pub mod policy;
 pub mod process;
 pub mod qmp;
 pub mod spec;
@@ -24,6 +26,7 @@ pub mod spec;
 pub use command::{CommandError, DiskPlug, QemuCommand};
 pub use detect::{Accel, DetectError, Qemu, QemuVersion};
 pub use migrate::{Capability, MachineInfo, MigrationInfo, Phase, RamProgress, RunState, Side, Tracker};
+pub use policy::{Forbidden, Policy};
 pub use process::{ProcessError, ProcessId, VmmProcess};
 pub use qmp::{Event, Qmp, QmpError};
 pub use spec::{AccelChoice, DiskSpec, PciAddr, SpecError, VmSpec};

@@ -13,8 +13,15 @@ use crate::hosts::{Hosts, Network};
 const DISK: &str = "disk0";
 
 pub(super) fn evacuate(scene: &Scene, console: &Console) -> Result<Value> {
-    let hosts =
-        Hosts::start(&scene.belay, &scene.sockets, &scene.images, Network::Loopback, COPY_BYTES_PER_S, VM)?;
+    let hosts = Hosts::start(
+        &scene.belay,
+        &scene.sockets,
+        &scene.images,
+        Network::Loopback,
+        COPY_BYTES_PER_S,
+        VM,
+        &scene.guest,
+    )?;
     let [a, b] = &hosts.all;
     a.local(&[
         "device",
@@ -65,7 +72,7 @@ fn specification(scene: &Scene) -> String {
     format!(
         "name = {VM:?}\nmemory_mib = 256\ncpus = 1\naccel = \"tcg\"\nkernel = {:?}\ninitrd = {:?}\nappend = {:?}\n\
          disks = [{{ device = {DISK:?} }}]\n\
-         args = [\"-chardev\", \"socket,id=console,path={{runtime_dir}}/console.sock,server=on,wait=off\", \"-serial\", \"chardev:console\", \"-no-reboot\"]\n",
+         args = [\"-chardev\", \"socket,id=console,path={{runtime_dir}}/{VM}.console,server=on,wait=off\", \"-serial\", \"chardev:console\", \"-no-reboot\"]\n",
         path("vmlinuz"),
         path("initrd.img"),
         scene.append(),

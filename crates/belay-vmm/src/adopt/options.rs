@@ -1,7 +1,7 @@
 //! QEMU's command line taken apart: options with their values, and the `key=value` lists in these.
 
 /// Options of QEMU that have no value. All others have one.
-const WITHOUT_VALUE: [&str; 29] = [
+pub(crate) const WITHOUT_VALUE: [&str; 43] = [
     "-S",
     "-daemonize",
     "-nodefaults",
@@ -31,10 +31,24 @@ const WITHOUT_VALUE: [&str; 29] = [
     "-enable-sync-profile",
     "-enable-fips",
     "-semihosting",
+    "-h",
+    "-help",
+    "-version",
+    "-one-insn-per-tb",
+    "-xen-attach",
+    "-xen-domid-restrict",
+    "-async-teardown",
+    "-perfmap",
+    "-jitdump",
+    "-show-cursor",
+    "-no-frame",
+    "-no-quit",
+    "-old-param",
+    "-no-kvm-irqchip",
 ];
 
 /// An option and its value. An argument that is no option (an image to boot from) has an empty name.
-pub(super) fn pairs(arguments: &[String]) -> Vec<(String, Option<String>)> {
+pub(crate) fn pairs(arguments: &[String]) -> Vec<(String, Option<String>)> {
     let mut pairs = Vec::new();
     let mut arguments = arguments.iter();
     while let Some(argument) = arguments.next() {
@@ -52,15 +66,15 @@ pub(super) fn pairs(arguments: &[String]) -> Vec<(String, Option<String>)> {
 
 /// A value such as `socket,id=a,path=/x,server=on`, or the same as JSON.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct KeyValues {
+pub(crate) struct KeyValues {
     /// What stands first without a key, such as `socket`.
-    pub(super) first: Option<String>,
+    pub(crate) first: Option<String>,
     keys: Vec<(String, String)>,
 }
 
 impl KeyValues {
     /// Reads a value.
-    pub(super) fn parse(text: &str) -> Self {
+    pub(crate) fn parse(text: &str) -> Self {
         if text.starts_with('{')
             && let Ok(serde_json::Value::Object(object)) = serde_json::from_str(text)
         {
@@ -91,30 +105,30 @@ impl KeyValues {
     }
 
     /// The value of a key. A later one counts more than an earlier.
-    pub(super) fn get(&self, key: &str) -> Option<&str> {
+    pub(crate) fn get(&self, key: &str) -> Option<&str> {
         self.keys.iter().rev().find(|(known, _)| known == key).map(|(_, value)| value.as_str())
     }
 
     /// What it is: what stands first, or under this key.
-    pub(super) fn kind(&self, key: &str) -> &str {
+    pub(crate) fn kind(&self, key: &str) -> &str {
         self.first.as_deref().or_else(|| self.get(key)).unwrap_or_default()
     }
 
     /// Whether a switch is on; `default` if it is not named.
-    pub(super) fn is_on(&self, key: &str, default: bool) -> bool {
+    pub(crate) fn is_on(&self, key: &str, default: bool) -> bool {
         self.get(key).map_or(default, |value| matches!(value, "on" | "yes" | "true" | "y"))
     }
 
     /// Every key and value.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.keys.iter().map(|(key, value)| (key.as_str(), value.as_str()))
     }
 
-    pub(super) fn remove(&mut self, key: &str) {
+    pub(crate) fn remove(&mut self, key: &str) {
         self.keys.retain(|(known, _)| known != key);
     }
 
-    pub(super) fn set(&mut self, key: &str, value: &str) {
+    pub(crate) fn set(&mut self, key: &str, value: &str) {
         match self.keys.iter_mut().find(|(known, _)| known == key) {
             Some((_, present)) => value.clone_into(present),
             None => self.keys.push((key.to_owned(), value.to_owned())),

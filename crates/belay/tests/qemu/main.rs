@@ -5,6 +5,7 @@
 
 mod adopt;
 mod agents;
+mod arguments;
 mod boot;
 mod home;
 mod linux;

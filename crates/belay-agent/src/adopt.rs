@@ -165,9 +165,7 @@ impl Agent {
         };
         let free = match self.vms.get(&spec.name) {
             Err(_) => Ok(format!("host {here} has no VM {}", spec.name)),
-            Ok(_) => {
-                Err(format!("host {here} has a VM {0} already: `belay vm stop {0}` there ends it", spec.name))
-            }
+            Ok(_) => Err(format!("host {here} has a VM {} already", spec.name)),
         };
         check("name", free);
         // Before anything is done with what it names: QEMU is tried with the kernel, and files are opened.

@@ -41,6 +41,8 @@ pub struct Managed {
     pub(crate) writing: tokio::sync::Mutex<()>,
     /// Whether a VMM is connected, by what the thread has said.
     vmm: AtomicBool,
+    /// The host that it came from since the agent started; it may see how the device fares here.
+    came_from: Mutex<Option<String>>,
     /// Held while an exchange is committed: a call that is repeated waits for the first one's outcome.
     pub(crate) committing: tokio::sync::Mutex<()>,
 }
@@ -59,6 +61,7 @@ impl Managed {
             moving: tokio::sync::Mutex::default(),
             writing: tokio::sync::Mutex::default(),
             vmm: AtomicBool::new(false),
+            came_from: Mutex::default(),
             committing: tokio::sync::Mutex::default(),
         }
     }
@@ -95,6 +98,15 @@ impl Managed {
     #[must_use]
     pub fn role(&self) -> RoleRecord {
         self.record().role
+    }
+
+    /// Whether it came from this host.
+    pub(crate) fn came_from(&self, host: &str) -> bool {
+        self.came_from.lock().unwrap_or_else(std::sync::PoisonError::into_inner).as_deref() == Some(host)
+    }
+
+    pub(crate) fn set_came_from(&self, host: &str) {
+        *self.came_from.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(host.to_owned());
     }
 
     /// Whether a VMM is connected.

@@ -132,6 +132,8 @@ impl Agent {
         }
         match self.ask_to_commit(device, &backing).await {
             Ok(()) => {
+                // Before it is local: whoever follows it from there may ask at any moment.
+                device.set_came_from(&backing);
                 let outcome = self.record(device, device.epoch(), RoleRecord::Local { backend }).await;
                 if let Err(error) = outcome {
                     // The record still says "cutting": after a restart the old host is asked, and says yes again.
@@ -191,8 +193,9 @@ impl Agent {
                     // A thread of the new role, from the record.
                     let record = device.record();
                     agent.stop_device(&device).await;
-                    if let Err(error) = agent.start_device(record).await {
-                        agent.events.note("device", Some(&device.name()), None, error.message);
+                    match agent.start_device(record).await {
+                        Ok(device) => device.set_came_from(&backing),
+                        Err(error) => agent.events.note("device", Some(&device.name()), None, error.message),
                     }
                 }
                 Err(reason) => {
@@ -218,11 +221,13 @@ impl Agent {
 
     /// As the old host: everything is at the new one. From here on this host refuses the device.
     pub(crate) async fn commit_cut(&self, peer: &str, request: &CommitCut) -> Result<Done, AgentError> {
+        // The same for all who have nothing to do with it, whatever it is.
+        let unknown = || AgentError::fenced("there is no such device here, or it is not lent to you");
         let Some(device) = self.device_by_id(request.id) else {
             let gone = self.ledger.devices()?.into_iter().find(|record| record.identity.id == request.id);
             return match gone.map(|record| record.role) {
                 Some(RoleRecord::Tombstone { moved_to, .. }) if moved_to == peer => Ok(Done {}),
-                _ => Err(AgentError::fenced("there is no such device here")),
+                _ => Err(unknown()),
             };
         };
         let _committing = device.committing.lock().await;
@@ -230,12 +235,13 @@ impl Agent {
             // Asked again while the first call was at work.
             return Ok(Done {});
         }
-        let RoleRecord::Lent { backend, to } = device.role() else {
-            return Err(AgentError::fenced(format!("device {} is not lent", device.name())));
+        let backend = match device.role() {
+            RoleRecord::Lent { backend, to } if to == peer => backend,
+            _ => return Err(unknown()),
         };
-        if to != peer || device.epoch() != request.epoch {
+        if device.epoch() != request.epoch {
             return Err(AgentError::fenced(format!(
-                "device {} is lent to {to} in epoch {}",
+                "device {} is lent to {peer} in epoch {}",
                 device.name(),
                 device.epoch()
             )));

@@ -37,6 +37,7 @@ impl Agent {
     pub(crate) async fn take_return(&self, device: &Managed, from: &str, epoch: Epoch) {
         let outcome = match device.role() {
             RoleRecord::Lent { backend, to } if to == from => {
+                device.set_came_from(from);
                 self.record(device, epoch, RoleRecord::Local { backend }).await
             }
             role => Err(AgentError::failed(format!("the ledger says {role:?}"))),

@@ -15,6 +15,9 @@ use crate::error::AgentError;
 use crate::ledger::{Departed, DeviceRecord, Mode, RoleRecord, SCHEMA};
 use crate::view::{DeviceView, device_view};
 
+/// Devices that one peer may have offered to this host at a time.
+const MAX_OFFERS: usize = 256;
+
 /// A call that returns nothing.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Done {}
@@ -205,8 +208,10 @@ impl Agent {
             RoleRecord::Remote { backing, .. }
             | RoleRecord::Exchanging { backing, .. }
             | RoleRecord::Cutting { backing, .. } => backing == peer,
-            // It may have come from that peer, which follows its exchange to the end.
-            RoleRecord::Local { .. } => true,
+            // It came from that peer, which follows its exchange to the end; or may go there.
+            RoleRecord::Local { .. } => {
+                device.came_from(peer) || device.record().offered.is_some_and(|offer| offer.to == peer)
+            }
             RoleRecord::Tombstone { .. } => false,
         };
         if shared { Ok(device) } else { Err(unknown()) }
@@ -244,13 +249,14 @@ impl Agent {
         let name = request.identity.name.clone();
         let _preparing = self.preparing.lock().await;
         let answer = |kept| Prepared { socket: self.config.device_socket(&name).display().to_string(), kept };
-        if let Ok(present) = self.device(&name)
-            && matches!(present.role(), RoleRecord::Tombstone { .. })
+        let mut present = self.device(&name).ok();
+        if let Some(gone) = present.take_if(|device| matches!(device.role(), RoleRecord::Tombstone { .. }))
+            && !request.dry_run
         {
             // It has left; its VMM's connection has not ended yet.
-            self.stop_device(&present).await;
+            self.stop_device(&gone).await;
         }
-        if let Ok(present) = self.device(&name) {
+        if let Some(present) = present {
             if present.identity().id == request.identity.id
                 && matches!(present.role(), RoleRecord::Lent { .. })
             {
@@ -263,14 +269,16 @@ impl Agent {
                 return Err(AgentError::precheck(format!(
                     "host {} has a device {name} already",
                     self.host()
-                )));
+                ))
+                .hint("names are given once for all hosts that a device may come to"));
             }
             if request.dry_run || request.again && still_prepared(&present, &request) {
                 return Ok(answer(true));
             }
             self.drop_device(&present).await?;
         }
-        self.departed(&request)?;
+        self.departed(peer, &request)?;
+        self.check_room_for_offers(peer)?;
         if request.mode == Mode::Follow {
             let folder = self.config.images_dir();
             std::fs::create_dir_all(&folder).map_err(|error| AgentError::failed(error.to_string()))?;
@@ -293,7 +301,7 @@ impl Agent {
             mode: request.mode,
             delay_us: request.delay_us,
             direct: request.direct,
-            replaces: self.departed(&request)?,
+            replaces: self.departed(peer, &request)?,
         };
         let record = DeviceRecord {
             schema: SCHEMA,
@@ -329,8 +337,21 @@ impl Agent {
         }
     }
 
+    /// One peer may not fill this host with threads and records.
+    fn check_room_for_offers(&self, peer: &str) -> Result<(), AgentError> {
+        let theirs = |role: RoleRecord| matches!(role, RoleRecord::Prepared { from, .. } if from == peer);
+        let count = self.devices().iter().filter(|device| theirs(device.role())).count();
+        if count >= MAX_OFFERS {
+            return Err(AgentError::precheck(format!(
+                "host {} has {count} devices that {peer} has offered and not brought yet: no more at a time",
+                self.host()
+            )));
+        }
+        Ok(())
+    }
+
     /// What is left of an earlier stay of this device.
-    fn departed(&self, request: &Prepare) -> Result<Option<Departed>, AgentError> {
+    fn departed(&self, peer: &str, request: &Prepare) -> Result<Option<Departed>, AgentError> {
         let id = request.identity.id;
         let Some(record) = self.ledger.devices()?.into_iter().find(|record| record.identity.id == id) else {
             return Ok(None);
@@ -339,13 +360,15 @@ impl Agent {
             RoleRecord::Tombstone { moved_to, backend } if record.epoch <= request.epoch => {
                 Ok(Some(Departed { moved_to, epoch: record.epoch, backend }))
             }
-            role => Err(AgentError::fenced(format!(
-                "device {} is known to host {} in epoch {} ({role:?}), the offer is of epoch {}",
-                request.identity.name,
-                self.host(),
-                record.epoch,
-                request.epoch
-            ))),
+            role => {
+                tracing::warn!(%peer, device = %record.identity.name, ?role, epoch = %record.epoch, offered = %request.epoch, "refused an offer of a device that this host knows otherwise");
+                Err(AgentError::fenced(format!(
+                    "host {} knows device {} otherwise than as one that may come from {peer} in epoch {}",
+                    self.host(),
+                    request.identity.name,
+                    request.epoch
+                )))
+            }
         }
     }
 

@@ -117,6 +117,17 @@ pub fn device_view(agent: &Agent, device: &Managed) -> DeviceView {
     };
     let belay_wire::device::DeviceClass::Block(geometry) = &record.identity.class;
     let state = match snapshot.state {
+        // Its thread has said nothing yet.
+        "" => match &record.role {
+            RoleRecord::Local { .. } if record.offered.is_some() => "offered",
+            RoleRecord::Local { .. } => "local",
+            RoleRecord::Lent { .. } => "lent",
+            RoleRecord::Prepared { .. } => "prepared",
+            RoleRecord::Remote { .. } | RoleRecord::Exchanging { .. } | RoleRecord::Cutting { .. } => {
+                "remote"
+            }
+            RoleRecord::Tombstone { .. } => "gone",
+        },
         "copying" | "cutting" => "remote",
         state => state,
     };

@@ -347,12 +347,11 @@ impl Agent {
             )));
         }
         let uses = |vm: &Arc<Vm>| spec.disks.iter().any(|disk| vm.record.devices.contains(&disk.device));
-        if let Some(vm) = self.vms.all().iter().find(|vm| vm.record.name != spec.name && uses(vm)) {
+        if self.vms.all().iter().any(|vm| vm.record.name != spec.name && uses(vm)) {
             return Err(AgentError::precheck(format!(
-                "VM {}, host {}: a disk of it is used by VM {} there",
+                "VM {}: another VM of host {} has a disk of it",
                 spec.name,
-                self.host(),
-                vm.record.name
+                self.host()
             )));
         }
         Ok(())
@@ -427,10 +426,13 @@ impl Agent {
 
     /// As a destination: the VM runs here.
     pub(crate) async fn incoming_done(&self, peer: &str, request: VmQuery) -> Result<Done, AgentError> {
-        let vm = self.vms.get(&request.vm)?;
-        if !vm.comes_from(peer) {
-            return Err(AgentError::fenced(format!("VM {} does not come from {peer}", request.vm)));
-        }
+        // The same for one that is not here: a peer knows its own.
+        let vm = self
+            .vms
+            .get(&request.vm)
+            .ok()
+            .filter(|vm| vm.comes_from(peer))
+            .ok_or_else(|| AgentError::fenced(format!("VM {} does not come from {peer}", request.vm)))?;
         *vm.incoming.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
         self.events.note("migration", None, Some(&request.vm), "runs here");
         Ok(Done {})

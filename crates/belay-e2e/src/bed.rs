@@ -1,7 +1,7 @@
 //! The two hosts.
 
 use std::net::TcpListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use tempfile::TempDir;
@@ -47,6 +47,20 @@ impl Bed {
         b.belay(&["host", "join", token, "--name", b.name, "--address", b.address(), "--pki", &b.pki()])?;
         b.start_agent()?;
         Ok(bed)
+    }
+
+    /// Enrols another host, at which nothing runs; where its keys are.
+    ///
+    /// # Errors
+    /// It is not let in.
+    pub fn enrol(&self, name: &str) -> Result<PathBuf> {
+        let pki = self._folder.path().join(name);
+        let text = pki.display().to_string();
+        let said =
+            self.a.belay(&["host", "invite", "--pki", &self.a.pki(), "--address", self.a.address()])?;
+        let token = said.split_whitespace().find(|word| word.starts_with("belay1.")).context("no token")?;
+        self.a.belay(&["host", "join", token, "--name", name, "--address", "127.0.0.3:1", "--pki", &text])?;
+        Ok(pki)
     }
 
     /// Both agents' logs and devices, for a test that failed.

@@ -58,7 +58,9 @@ impl Host {
         Ok(std::fs::write(self.folder.join("agent.toml"), text)?)
     }
 
-    pub(crate) fn pki(&self) -> String {
+    /// Where its keys are.
+    #[must_use]
+    pub fn pki(&self) -> String {
         self.folder.join("pki").display().to_string()
     }
 

@@ -9,12 +9,14 @@
 mod bed;
 mod guest;
 mod host;
+mod peer;
 mod process;
 mod qmp;
 
 pub use bed::Bed;
 pub use guest::{BootGuest, Counts, LinuxGuest, LinuxOptions};
 pub use host::Host;
+pub use peer::{Line, Peer};
 pub use process::Background;
 pub use qmp::Qmp;
 

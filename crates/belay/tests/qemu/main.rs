@@ -10,6 +10,7 @@ mod boot;
 mod home;
 mod linux;
 mod stops;
+mod third;
 
 use std::path::Path;
 

@@ -10,6 +10,7 @@ pub mod events;
 mod exchange;
 mod home;
 pub mod ledger;
+mod limits;
 mod memory;
 pub mod metrics;
 pub mod migrate;
@@ -32,6 +33,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::agent::Agent;
 use crate::config::Config;
 use crate::ledger::Ledger;
+use crate::limits::Limits;
 use crate::peer::Peers;
 
 /// How long a peer may take to say which device it wants.
@@ -125,20 +127,35 @@ async fn listen_to_peers(agent: &Arc<Agent>, identity: Arc<Identity>) -> anyhow:
         .await
         .with_context(|| format!("cannot listen on {address}"))?;
     let agent = Arc::clone(agent);
+    let limits = Arc::new(Limits::default());
     tokio::spawn(async move {
         while let Some(incoming) = listener.next().await {
             match incoming {
                 Incoming::Control(connection) => {
+                    let Some(place) = limits.control(connection.peer.as_str()) else {
+                        tracing::warn!(peer = %connection.peer, "a peer has too many connections for calls: one more was closed");
+                        continue;
+                    };
                     let handler = Arc::new(Peers(Arc::clone(&agent)));
                     tokio::spawn(async move {
+                        let _place = place;
                         if let Err(error) = serve_control(connection, handler, Heartbeat::default()).await {
                             tracing::debug!(%error, "a peer's control connection ended");
                         }
                     });
                 }
                 Incoming::Data(connection) => {
-                    let agent = Arc::clone(&agent);
-                    tokio::task::spawn_blocking(move || hand_over(&agent, *connection));
+                    let (agent, limits) = (Arc::clone(&agent), Arc::clone(&limits));
+                    tokio::spawn(async move {
+                        let Some(place) = limits.opening(connection.peer.as_str()).await else {
+                            tracing::warn!(peer = %connection.peer, "a peer has too many data connections that say nothing: one more was closed");
+                            return;
+                        };
+                        tokio::task::spawn_blocking(move || {
+                            hand_over(&agent, *connection);
+                            drop(place);
+                        });
+                    });
                 }
                 Incoming::Joined(host) => {
                     agent.events.note("link", None, None, format!("host {} was enrolled", host.name))

@@ -1,15 +1,16 @@
 //! Answering other agents.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use belay_wire::{ConnectionKind, Version};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::{AbortHandle, JoinHandle, JoinSet};
 use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, TlsStream};
 use tracing::{debug, info, warn};
@@ -32,7 +33,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct ListenerOptions {
     /// How long TLS, hello and answer may take together. Default 10 s.
     pub handshake_timeout: Duration,
-    /// Handshakes at once; further callers wait in the kernel's queue. Default 256.
+    /// Handshakes at once. One more, and the oldest is given up: those of peers take milliseconds, so it is that of a
+    /// caller who says nothing. Default 256.
     pub max_handshakes: usize,
 }
 
@@ -109,23 +111,67 @@ async fn accept_all(
     identity: watch::Receiver<Arc<Identity>>,
     options: ListenerOptions,
 ) {
-    let permits = Arc::new(Semaphore::new(options.max_handshakes));
+    let under_way = Arc::new(UnderWay::default());
     // Ends the handshakes under way when the listener is dropped.
     let mut handshakes = JoinSet::new();
-    loop {
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+    for number in 0_u64.. {
         while handshakes.try_join_next().is_some() {}
         match socket.accept().await {
             Ok((stream, address)) => {
                 let identity = Arc::clone(&identity.borrow());
                 let caller = Caller { identity, address, ready: ready.clone() };
-                handshakes.spawn(caller.admit(stream, options.handshake_timeout, permit));
+                under_way.make_room(options.max_handshakes);
+                let entry = Entry { under_way: Arc::clone(&under_way), number };
+                let (limit, (began, begin)) = (options.handshake_timeout, oneshot::channel());
+                let task = handshakes.spawn(async move {
+                    // Not before it is known how to end it.
+                    let _ = begin.await;
+                    caller.admit(stream, limit, entry).await;
+                });
+                under_way.add(number, address, task);
+                let _ = began.send(());
             }
             Err(error) => {
                 warn!(%error, "could not accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
+    }
+}
+
+/// Handshakes that have not ended, the oldest first.
+#[derive(Default)]
+struct UnderWay(Mutex<BTreeMap<u64, (SocketAddr, AbortHandle)>>);
+
+impl UnderWay {
+    fn all(&self) -> MutexGuard<'_, BTreeMap<u64, (SocketAddr, AbortHandle)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, number: u64, address: SocketAddr, task: AbortHandle) {
+        self.all().insert(number, (address, task));
+    }
+
+    /// Gives up the oldest if there is no room for another.
+    fn make_room(&self, at_most: usize) {
+        let mut all = self.all();
+        while all.len() >= at_most.max(1) {
+            let Some((_, (peer, task))) = all.pop_first() else { return };
+            task.abort();
+            warn!(%peer, at_most, "a connection was rejected: too many callers at once, and it was the slowest");
+        }
+    }
+}
+
+/// A handshake's place among those under way, until it ends.
+struct Entry {
+    under_way: Arc<UnderWay>,
+    number: u64,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.under_way.all().remove(&self.number);
     }
 }
 
@@ -149,12 +195,13 @@ struct Caller {
 }
 
 impl Caller {
-    async fn admit(self, stream: TcpStream, limit: Duration, permit: OwnedSemaphorePermit) {
+    async fn admit(self, stream: TcpStream, limit: Duration, entry: Entry) {
         let peer = self.address;
         let outcome = timeout(limit, self.handshake(stream)).await;
         match outcome {
             Ok(Ok(Some(incoming))) => {
-                drop(permit);
+                // From here on it is not given up.
+                drop(entry);
                 // An error means that the listener is gone, and with it the wish for connections.
                 let _ = self.ready.send(incoming).await;
             }

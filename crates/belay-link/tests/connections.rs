@@ -389,3 +389,22 @@ async fn callers_that_say_nothing_are_dropped_and_make_room() {
     let ended = timeout(PATIENCE, silent[0].read(&mut [0; 1])).await.unwrap();
     assert!(matches!(ended, Ok(0) | Err(_)), "the connection ends");
 }
+
+#[tokio::test]
+async fn callers_that_say_nothing_do_not_keep_others_out() {
+    let a = Cluster::new("host-a");
+    // Nobody is given up for being slow.
+    let options = ListenerOptions { handshake_timeout: Duration::from_secs(3600), max_handshakes: 8 };
+    let mut agent = Agent::start_with(&a.identity, any_port(), options).await;
+    let mut silent = Vec::new();
+    for _ in 0..3 {
+        for _ in 0..8 {
+            silent.push(TcpStream::connect(agent.address).await.unwrap());
+        }
+        let addresses = [agent.address.to_string()];
+        dial_data(&addresses, &host("host-a"), &a.identity, PATIENCE).await.unwrap();
+        timeout(PATIENCE, agent.data.recv()).await.unwrap().unwrap();
+    }
+    // The first ones have been closed.
+    assert_eq!(timeout(PATIENCE, silent[0].read(&mut [0])).await.unwrap().unwrap_or(0), 0);
+}

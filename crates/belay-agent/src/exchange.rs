@@ -31,10 +31,37 @@ impl Agent {
         let name = device.name();
         let _beginning = device.beginning.lock().await;
         attached(device).await;
-        let RoleRecord::Remote { backing, delay_us, direct, replaces, .. } = device.role() else {
-            return Err(AgentError::precheck(format!(
-                "device {name} is not backed by another host, or is being brought here already"
-            )));
+        let (backing, delay_us, direct, replaces) = match device.role() {
+            RoleRecord::Remote { backing, delay_us, direct, replaces, .. } => {
+                (backing, delay_us, direct, replaces)
+            }
+            // The same again: it goes on.
+            RoleRecord::Exchanging { backend, .. } | RoleRecord::Cutting { backend, .. }
+                if path.is_none() || path == backend.path =>
+            {
+                return match bandwidth {
+                    Some(_) => self.limit_exchange(device, bandwidth).await,
+                    None => Ok(()),
+                };
+            }
+            RoleRecord::Exchanging { backend, .. } | RoleRecord::Cutting { backend, .. } => {
+                let path = backend.path.unwrap_or_default();
+                return Err(AgentError::precheck(format!(
+                    "device {name} is being brought here already, to {}",
+                    path.display()
+                ))
+                .hint(format!("`belay exchange {name} --cancel` ends that")));
+            }
+            RoleRecord::Local { .. } => {
+                return Err(AgentError::precheck(format!("the data of device {name} is here already")));
+            }
+            RoleRecord::Prepared { from, .. } => {
+                return Err(AgentError::precheck(format!("device {name} is still at {from}")));
+            }
+            RoleRecord::Lent { to, .. } | RoleRecord::Tombstone { moved_to: to, .. } => {
+                return Err(AgentError::precheck(format!("the guest of device {name} is at {to}"))
+                    .hint(format!("run the command on {to}")));
+            }
         };
         let info: DeviceInfo = self
             .client(&backing)?

@@ -17,6 +17,8 @@ const POLL_INTERVAL: Duration = Duration::from_millis(200);
 const POLLS_TO_BEGIN: u32 = 25;
 /// What a device is called whose data is at another host.
 const REMOTE: &str = "remote";
+/// And one whose data is here, and stays.
+const LOCAL: &str = "local";
 
 pub(super) async fn run(context: &Context, args: ExchangeArgs) -> Result<(), Failure> {
     let client = &context.client;
@@ -29,8 +31,12 @@ pub(super) async fn run(context: &Context, args: ExchangeArgs) -> Result<(), Fai
             &format!("{}: exchange ended; its data stays where it was", args.device),
         );
     }
-    let limit_only = args.bandwidth.is_some() && args.path.is_none();
-    let running = limit_only && shown(context, &args.device).await?.exchange.is_some();
+    let now = context.client.get(&device::path(&args.device)).await?;
+    let shown: Device = understood(now.clone())?;
+    if shown.state == LOCAL && args.path.is_none() {
+        return tell(context, &now, &format!("{}: all data is here already", args.device));
+    }
+    let running = args.bandwidth.is_some() && args.path.is_none() && shown.exchange.is_some();
     let (value, message) = if running {
         let value = client.patch(&at, &json!({"bandwidth": args.bandwidth})).await?;
         (value, format!("{}: the running exchange has a new limit", args.device))
@@ -54,10 +60,6 @@ fn body(args: &ExchangeArgs) -> Result<Value, Failure> {
         body.insert("path".into(), json!(absolute(path)?));
     }
     Ok(Value::Object(body))
-}
-
-async fn shown(context: &Context, name: &str) -> Result<Device, Failure> {
-    understood(context.client.get(&device::path(name)).await?)
 }
 
 /// What a look at the device says about its exchange.

@@ -17,8 +17,22 @@ pub(crate) struct Bell {
 #[derive(Clone, Default)]
 pub(crate) struct Bells {
     pub(crate) kick: Option<Arc<Bell>>,
+    /// SET_VRING_KICK came without a descriptor: the guest does not kick.
+    pub(crate) polled: bool,
     pub(crate) call: Option<Arc<Bell>>,
     pub(crate) error: Option<Arc<Bell>>,
+}
+
+impl Bells {
+    /// Whether SET_VRING_KICK came.
+    pub(crate) fn has_kick(&self) -> bool {
+        self.kick.is_some() || self.polled
+    }
+
+    pub(crate) fn forget_kick(&mut self) {
+        self.kick = None;
+        self.polled = false;
+    }
 }
 
 impl Bell {

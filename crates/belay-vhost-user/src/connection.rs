@@ -86,7 +86,8 @@ pub enum Event {
         /// The queue's index.
         queue: u16,
     },
-    /// The kick eventfd of a running ring was replaced: poll [`Ring::kick_fd`] anew.
+    /// The kick eventfd of a running ring was replaced, or taken away: poll [`Ring::kick_fd`] anew, or the ring itself
+    /// ([`Ring::is_polled`]).
     KickChanged {
         /// The queue's index.
         queue: u16,
@@ -357,8 +358,7 @@ impl Connection {
         let index = usize::from(queue);
         let settings = &self.queues[index];
         let enabled = settings.enabled.unwrap_or(self.features & feature::PROTOCOL_FEATURES == 0);
-        let complete =
-            enabled && settings.size > 0 && settings.bells.kick.is_some() && self.memory.regions() > 0;
+        let complete = enabled && settings.size > 0 && settings.bells.has_kick() && self.memory.regions() > 0;
         let (true, None, Some(addresses)) = (complete, &self.rings[index], settings.addresses) else {
             return Ok(());
         };
@@ -385,7 +385,7 @@ impl Connection {
     /// Stops a queue's ring if it runs, with everything completed published, and says where it would go on.
     pub(crate) fn stop(&mut self, queue: u16) -> u16 {
         let index = usize::from(queue);
-        self.queues[index].bells.kick = None;
+        self.queues[index].bells.forget_kick();
         if let Some(mut ring) = self.rings[index].take() {
             ring.publish();
             let base = ring.next_avail();

@@ -60,7 +60,7 @@ pub enum SetConfigError {
 /// Why a descriptor chain could not be had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
-    /// This chain is bad; the ring is not. The head was consumed: complete it with 0 bytes written.
+    /// This chain is bad; the ring is not yet. The head was consumed: answer it with [`Ring::reject`](crate::Ring::reject).
     #[error("bad descriptor chain at head {head}: {fault}")]
     BadChain {
         /// The chain's head.
@@ -133,6 +133,13 @@ pub enum RingFault {
     /// The available ring names a head that is in flight already.
     #[error("the available ring names head {head}, which is in flight already")]
     HeadInFlight {
+        /// The head.
+        head: u16,
+    },
+    /// A bad chain that has no place for an answer. It is not given back: a driver might take what is in its memory
+    /// for one.
+    #[error("the bad chain at head {head} has no place for an answer")]
+    NoAnswer {
         /// The head.
         head: u16,
     },

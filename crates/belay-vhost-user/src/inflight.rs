@@ -92,6 +92,11 @@ impl Layout {
     }
 }
 
+/// Says why there is no region of so many queues and entries.
+pub(crate) fn refuse(queues: u16, entries: u16) -> Result<(OwnedFd, u64), InflightError> {
+    Err(InflightError::Shape { queues, entries })
+}
+
 /// Makes a fresh region and its memory file, and says its length in bytes.
 pub(crate) fn create(queues: u16, entries: u16) -> Result<(OwnedFd, u64), InflightError> {
     let layout = Layout::new(queues, entries)?;
@@ -294,9 +299,13 @@ impl InflightQueue {
         self.flag(head).store(0, Ordering::Release);
     }
 
-    /// `head` joins the batch that is published next.
+    /// `head` joins the batch that is published next. One that was answered at once is marked first: between here and
+    /// the used index a successor must find every head that was popped, or it would pop the wrong ones.
     #[inline]
     pub(crate) fn complete(&mut self, head: u16) {
+        if self.flag(head).load(Ordering::Relaxed) != 1 {
+            self.mark(head, 0);
+        }
         self.next(head).store(self.last_batch_head, Ordering::Relaxed);
         self.last_batch_head = head;
         self.u16_at(at::LAST_BATCH_HEAD).store(head, Ordering::Release);
@@ -375,6 +384,23 @@ mod tests {
         queue.complete(0);
         drop(queue);
         assert_eq!(open(&fd, len, 1, 8).attach(0, 8).unwrap().recover(100).len(), 1);
+    }
+
+    #[test]
+    fn head_that_was_answered_without_a_mark_is_in_flight_until_it_is_published() {
+        let (fd, len) = create(1, 8).unwrap();
+        let mut queue = open(&fd, len, 1, 8).attach(0, 8).unwrap();
+        queue.recover(0);
+        queue.mark(4, 40);
+        queue.complete(2);
+        queue.mark(6, 60);
+        drop(queue);
+        let heads = |used| {
+            let marked = open(&fd, len, 1, 8).attach(0, 8).unwrap().recover(used);
+            marked.into_iter().map(|m| (m.head, m.tag)).collect::<Vec<_>>()
+        };
+        assert_eq!(heads(0), [(4, 40), (2, 0), (6, 60)]);
+        assert_eq!(heads(1), [(4, 40), (6, 60)], "the batch was head 2");
     }
 
     #[test]

@@ -208,12 +208,11 @@ impl Connection {
 
     fn set_vring_kick(&mut self, message: &mut Message) -> Outcome {
         let (queue, fd) = self.vring_fd(message)?;
-        let fd = fd.ok_or_else(|| {
-            format!(
-                "queue {queue} has no kick descriptor, and polling a ring is not supported; use ioeventfd=on"
-            )
-        })?;
-        self.queues[usize::from(queue)].bells.kick = Some(Bell::incoming(fd)?);
+        // Without a descriptor the guest does not kick: "polling should be used instead of waiting for the kick".
+        let kick = fd.map(Bell::incoming).transpose()?;
+        let bells = &mut self.queues[usize::from(queue)].bells;
+        bells.polled = kick.is_none();
+        bells.kick = kick;
         if self.spread_bells(queue) {
             self.events.push_back(Event::KickChanged { queue });
         } else {
@@ -304,14 +303,18 @@ impl Connection {
         Ok(Answer::Held)
     }
 
-    /// Replies to GET_INFLIGHT_FD with a fresh region; with size 0, "no region", if it cannot be made.
+    /// Replies to GET_INFLIGHT_FD with a fresh region; with size 0, "no region", if it cannot be made, or is for more
+    /// than was offered: memory of ours is not for the VMM to fill.
     pub(crate) fn answer_get_inflight(
         &mut self,
         queues: u16,
         entries: u16,
         payload_len: usize,
     ) -> Result<(), ConnectionError> {
-        let (fd, len) = match inflight::create(queues, entries) {
+        let offered = queues <= self.offer.queues && entries <= self.offer.queue_entries;
+        let made =
+            if offered { inflight::create(queues, entries) } else { inflight::refuse(queues, entries) };
+        let (fd, len) = match made {
             Ok((fd, len)) => (Some(fd), len),
             Err(error) => {
                 tracing::warn!(%error, "no in-flight region: requests in flight will not survive the agent");

@@ -108,6 +108,8 @@ pub struct Ring {
     used_idx: u16,
     /// The used index that the guest sees.
     published: u16,
+    /// The head popped last, while nothing else has moved where popping goes on.
+    last_popped: Option<u16>,
     /// Something was published since the start: before, the guest is interrupted in any case.
     signalled: bool,
     /// The used index at the last interrupt.
@@ -145,6 +147,7 @@ impl Ring {
             seen_avail: setup.base,
             used_idx,
             published: used_idx,
+            last_popped: None,
             signalled: false,
             told: used_idx,
             enabled: true,
@@ -163,7 +166,14 @@ impl Ring {
         Ok((ring, marked))
     }
 
-    /// The eventfd that the guest's kicks arrive on. It is non-blocking.
+    /// Whether the guest does not kick (SET_VRING_KICK without a descriptor): the ring has to be looked at again and
+    /// again.
+    #[must_use]
+    pub fn is_polled(&self) -> bool {
+        self.bells.kick.is_none()
+    }
+
+    /// The eventfd that the guest's kicks arrive on, unless the ring is polled. It is non-blocking.
     #[must_use]
     pub fn kick_fd(&self) -> Option<RawFd> {
         self.bells.kick.as_ref().map(|fd| fd.as_raw_fd())
@@ -180,6 +190,7 @@ impl Ring {
     pub fn start_at(&mut self, next_avail: u16) {
         self.next_avail = next_avail;
         self.seen_avail = next_avail;
+        self.last_popped = None;
     }
 
     /// The next chain that the guest made available; `None`: there is none, or the VMM disabled the ring.
@@ -187,7 +198,7 @@ impl Ring {
     /// Marks nothing in the in-flight region: see [`mark`](Self::mark).
     ///
     /// # Errors
-    /// [`RingError::BadChain`]: the head was consumed; complete it with 0. [`RingError::Broken`]: pop no more.
+    /// [`RingError::BadChain`]: the head was consumed; [`reject`](Self::reject) it. [`RingError::Broken`]: pop no more.
     #[inline]
     pub fn pop(&mut self) -> Result<Option<Chain>, RingError> {
         if !self.enabled {
@@ -208,6 +219,7 @@ impl Ring {
             return Err(self.broken(RingFault::HeadInFlight { head }));
         }
         self.next_avail = self.next_avail.wrapping_add(1);
+        self.last_popped = Some(head);
         self.set_in_flight(head, true);
         self.walk(head).map(Some)
     }
@@ -224,15 +236,55 @@ impl Ring {
     }
 
     #[inline]
-    fn walk(&mut self, head: u16) -> Result<Chain, RingError> {
-        let mut walk = Walk {
+    fn walker(&mut self) -> Walk<'_> {
+        Walk {
             memory: &self.memory,
             table: self.parts.descriptors,
             size: self.size,
             indirect: self.indirect,
             hint: &mut self.hint,
+        }
+    }
+
+    #[inline]
+    fn walk(&mut self, head: u16) -> Result<Chain, RingError> {
+        self.walker().chain(head).map_err(|fault| RingError::BadChain { head, fault })
+    }
+
+    /// Gives a request back that cannot be executed, or not even be read: writes `code` to the last byte that the
+    /// device may write of its chain, which is where device classes have their status, and completes it. For heads that
+    /// count as in flight; others are left alone.
+    ///
+    /// # Errors
+    /// [`RingError::Broken`]: there is no such byte, as the descriptors lead nowhere, or the device may write nothing.
+    /// A driver that got the head back would read an old status. So it does not: the ring is unusable until its driver
+    /// is reset, and the head, if it was popped last, is popped again should the ring only be stopped and started.
+    #[cold]
+    pub fn reject(&mut self, head: u16, code: u8) -> Result<(), RingError> {
+        if !self.is_in_flight(head) {
+            return Ok(());
+        }
+        let Some(tail) = self.walker().tail(head) else { return Err(self.keep_back(head)) };
+        let Some((at, _)) = self.memory.locate(tail.guest_addr, &mut self.hint) else {
+            return Err(self.keep_back(head));
         };
-        walk.chain(head).map_err(|fault| RingError::BadChain { head, fault })
+        // SAFETY: one byte of the guest's memory, mapped as long as `memory` lives; the guest may touch it meanwhile.
+        unsafe { at.write_volatile(code) };
+        self.log_range(tail.guest_addr, 1);
+        self.complete(head, tail.len);
+        Ok(())
+    }
+
+    /// Does not give back a head that cannot be answered.
+    fn keep_back(&mut self, head: u16) -> RingError {
+        if self.last_popped.take() == Some(head) {
+            self.next_avail = self.next_avail.wrapping_sub(1);
+            self.set_in_flight(head, false);
+            if let Some(queue) = &mut self.inflight {
+                queue.unmark(head);
+            }
+        }
+        self.broken(RingFault::NoAnswer { head })
     }
 
     #[cold]

@@ -52,6 +52,15 @@ enum Table {
     Guest { addr: u64, entries: u32 },
 }
 
+/// Where a chain that is not valid can be answered all the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tail {
+    /// Guest address of the last byte that the device may write.
+    pub(crate) guest_addr: u64,
+    /// Bytes that the device may write, that one included.
+    pub(crate) len: u32,
+}
+
 /// What a ring lends for a walk.
 pub(crate) struct Walk<'a> {
     pub(crate) memory: &'a Arc<GuestMemory>,
@@ -106,6 +115,44 @@ impl Walk<'_> {
             }
             index = found.next;
         }
+    }
+
+    /// The last byte that the device may write of a chain that may not be valid, if its descriptors can be followed to
+    /// their end and that byte is in the guest's memory. `head` must be below `size`.
+    #[cold]
+    pub(crate) fn tail(&mut self, head: u16) -> Option<Tail> {
+        let mut table = Table::Mapped { base: self.table, entries: u32::from(self.size) };
+        let (mut index, mut seen, mut nested) = (head, 0u32, false);
+        let (mut last, mut len) = (None, 0u32);
+        loop {
+            seen += 1;
+            if seen > table.entries() || seen > MAX_DESCRIPTORS.max(u32::from(self.size)) {
+                return None;
+            }
+            let found = self.descriptor(table, index).ok()?;
+            if found.flags & INDIRECT != 0 {
+                if nested {
+                    return None;
+                }
+                table = self.indirect_table(found).ok()?;
+                (nested, index, seen) = (true, 0, 0);
+                continue;
+            }
+            if found.flags & WRITE != 0 && found.len > 0 {
+                last = found.addr.checked_add(u64::from(found.len) - 1);
+                len = len.saturating_add(found.len);
+            }
+            if found.flags & NEXT == 0 {
+                break;
+            }
+            if u32::from(found.next) >= table.entries() {
+                return None;
+            }
+            index = found.next;
+        }
+        let guest_addr = last?;
+        self.memory.locate(guest_addr, self.hint)?;
+        Some(Tail { guest_addr, len })
     }
 
     /// Reads one descriptor of a table; `index` is below its entries.

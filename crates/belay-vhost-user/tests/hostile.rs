@@ -91,6 +91,91 @@ fn indirect_table_works_aligned_unaligned_and_across_regions() {
     }
 }
 
+/// Pops a bad chain at head 0 and rejects it; what the status byte at `at` was and is, and the used entry.
+fn rejected(vmm: &mut Vmm, guest: &Guest, at: u64) -> (u8, (u32, u32)) {
+    guest.write(at, &[0]);
+    let ring = vmm.connection.ring(0).unwrap();
+    assert!(matches!(ring.pop(), Err(RingError::BadChain { head: 0, .. })));
+    ring.reject(0, 1).unwrap();
+    ring.publish();
+    (guest.read::<1>(at)[0], guest.used_entry(0))
+}
+
+#[test]
+fn bad_chain_is_answered_where_its_status_is() {
+    for buffers in [
+        [(0x8000, 16, false), (MEMORY, 512, true), (0x9000, 1, true)],
+        [(0x8000, 16, false), (MEMORY - 1, 512, true), (0x9000, 1, true)],
+        [(u64::MAX, 16, false), (0x9200, 512, true), (0x9000, 1, true)],
+        [(0x8000, 16, true), (0x8000, 16, false), (0x8ff0, 17, true)],
+        [(0x8000, 16, true), (0x9000, 1, true), (0x8000, 16, false)],
+        [(0x8000, 16, false), (0x9000, 1, true), (0x8000, 0, true)],
+    ] {
+        let (mut vmm, mut guest) = running(8, 0);
+        guest.chain(0, &buffers);
+        guest.offer(0);
+        let len: u32 = buffers.iter().filter(|(_, _, writable)| *writable).map(|(_, len, _)| len).sum();
+        assert_eq!(rejected(&mut vmm, &guest, 0x9000), (1, (0, len)), "{buffers:x?}");
+    }
+}
+
+#[test]
+fn bad_indirect_chain_is_answered_and_logged_where_its_status_is() {
+    let (mut vmm, mut guest) = running(8, INDIRECT | LOG_ALL);
+    let log = memfd(64);
+    vmm.ask(6, 0, &longs(&[64, 0]), &[log.as_fd()]);
+    guest.describe(0x2_0000, 0, MEMORY, 512, F_WRITE | F_NEXT, 1);
+    guest.describe(0x2_0000, 1, 0x3_0000, 1, F_WRITE, 0);
+    guest.describe(guest.descriptors, 0, 0x2_0000, 32, F_INDIRECT, 0);
+    guest.offer(0);
+    assert_eq!(rejected(&mut vmm, &guest, 0x3_0000), (1, (0, 513)));
+    assert_eq!(dirty(&log, 64), [0x30]);
+}
+
+#[test]
+fn bad_chain_without_a_place_for_an_answer_breaks_the_ring_and_is_not_given_back() {
+    let unanswerable: [fn(&Guest); 5] = [
+        |guest| guest.describe(guest.descriptors, 0, 0x9000, 1, F_WRITE | F_NEXT, 0),
+        |guest| guest.describe(guest.descriptors, 0, 0x9000, 1, F_WRITE | F_NEXT, 8),
+        |guest| guest.chain(0, &[(0x8000, 16, false), (MEMORY, 1, true)]),
+        |guest| guest.chain(0, &[(MEMORY, 16, false)]),
+        |guest| guest.describe(guest.descriptors, 0, 0x2_0000, 15, F_INDIRECT, 0),
+    ];
+    for (index, lay_out) in unanswerable.into_iter().enumerate() {
+        let (mut vmm, mut guest) = running(8, INDIRECT);
+        let error = eventfd();
+        vmm.tell(14, &longs(&[0]), &[error.as_fd()]);
+        guest.chain(5, &[(0x9000, 1, true)]);
+        guest.offer(5);
+        lay_out(&guest);
+        guest.offer(0);
+        let ring = vmm.connection.ring(0).unwrap();
+        ring.pop().unwrap().unwrap();
+        assert!(matches!(ring.pop(), Err(RingError::BadChain { head: 0, .. })), "{index}");
+        let broken = Err(RingError::Broken(RingFault::NoAnswer { head: 0 }));
+        assert_eq!(ring.reject(0, 1), broken);
+        assert_eq!(ring.pop().map(|_| ()), broken, "it stays broken");
+        // What was in flight ends as ever, and a pause meets the same chain again.
+        ring.complete(5, 1);
+        ring.publish();
+        assert_eq!((guest.used_idx(), count(&error)), (1, 1));
+        assert_eq!(vmm.ask(11, 0, &words(&[0, 0]), &[]).0, words(&[0, 1]));
+        vmm.start(&guest, 0, 1, false);
+        assert!(matches!(vmm.connection.ring(0).unwrap().pop(), Err(RingError::BadChain { head: 0, .. })));
+    }
+}
+
+#[test]
+fn rejection_of_a_head_that_is_not_in_flight_does_nothing() {
+    let (mut vmm, guest) = running(8, 0);
+    let ring = vmm.connection.ring(0).unwrap();
+    for head in [0, 8, u16::MAX] {
+        ring.reject(head, 1).unwrap();
+    }
+    ring.publish();
+    assert_eq!(guest.used_idx(), 0);
+}
+
 #[test]
 fn endless_indirect_chain_is_bounded() {
     let (mut vmm, mut guest) = running(8, INDIRECT);
@@ -196,7 +281,9 @@ proptest! {
                     ring.log_written(&chain, u32::MAX);
                     ring.complete(chain.head, 1);
                 }
-                Err(RingError::BadChain { head, .. }) => ring.complete(head, 0),
+                Err(RingError::BadChain { head, .. }) => {
+                    let _ = ring.reject(head, 1);
+                }
                 Ok(None) | Err(RingError::Broken(_)) => break,
             }
             ring.publish();

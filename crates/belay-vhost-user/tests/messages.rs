@@ -131,13 +131,53 @@ fn every_request_with_a_short_payload_or_stray_descriptor_is_survived() {
 }
 
 #[test]
-fn kick_without_descriptor_refused() {
-    let (mut vmm, guest) = (Vmm::negotiated(PROTOCOL), Guest::new(8));
+fn kick_without_descriptor_starts_a_ring_that_is_polled() {
+    let (mut vmm, mut guest) = (Vmm::negotiated(PROTOCOL), Guest::new(8));
     vmm.set_memory(&guest);
-    assert_eq!(long(&vmm.ask(12, NEED_REPLY, &longs(&[0x100]), &[]).0), 1);
-    vmm.send(12, 0, &longs(&[0x100]), &[]);
-    let error = vmm.events().unwrap_err().to_string();
-    assert!(error.contains("SET_VRING_KICK") && error.contains("ioeventfd"), "{error}");
+    vmm.tell(8, &words(&[0, 8]), &[]);
+    vmm.set_address(&guest, 0, false);
+    vmm.tell(18, &words(&[0, 1]), &[]);
+    vmm.send(12, NEED_REPLY, &longs(&[0x100]), &[]);
+    assert!(matches!(vmm.events().unwrap()[..], [Event::RingStarted { queue: 0, .. }]));
+    assert_eq!(long(&vmm.reply(12).unwrap().0), 0);
+    let ring = vmm.connection.ring(0).unwrap();
+    assert!(ring.is_polled() && ring.kick_fd().is_none());
+    guest.chain(0, &[(0x9000, 1, true)]);
+    guest.offer(0);
+    assert!(vmm.connection.ring(0).unwrap().pop().unwrap().is_some());
+    // A descriptor that comes later is used from then on, and the other way round.
+    let kick = eventfd();
+    assert_eq!(vmm.tell(12, &longs(&[0]), &[kick.as_fd()]), [Event::KickChanged { queue: 0 }]);
+    assert!(!vmm.connection.ring(0).unwrap().is_polled());
+    assert_eq!(vmm.tell(12, &longs(&[0x100]), &[]), [Event::KickChanged { queue: 0 }]);
+    assert!(vmm.connection.ring(0).unwrap().is_polled());
+    // The stop forgets it: the next start needs a new one.
+    vmm.ask(11, 0, &words(&[0, 0]), &[]);
+    vmm.tell(18, &words(&[0, 1]), &[]);
+    assert!(vmm.connection.ring(0).is_none());
+}
+
+#[test]
+fn eventfd_that_is_announced_and_missing_is_refused() {
+    let mut vmm = Vmm::negotiated(PROTOCOL);
+    for request in [12, 13, 14] {
+        assert_eq!(long(&vmm.ask(request, NEED_REPLY, &longs(&[0]), &[]).0), 1, "{request}");
+        assert_eq!(long(&vmm.ask(request, NEED_REPLY, &longs(&[0x100]), &[]).0), 0, "{request}");
+    }
+}
+
+#[test]
+fn in_flight_region_for_more_than_was_offered_is_not_made() {
+    let mut vmm = Vmm::negotiated(PROTOCOL);
+    let mut get = |queues: u16, entries: u16| {
+        let shape = [queues.to_ne_bytes(), entries.to_ne_bytes()].concat();
+        let (payload, fd) = vmm.ask(31, 0, &[longs(&[0, 0]), shape].concat(), &[]);
+        (long(&payload) > 0, fd.is_some())
+    };
+    assert_eq!(get(4, 256), (true, true));
+    for (queues, entries) in [(5, 256), (4, 257), (4, 0), (0, 8), (u16::MAX, u16::MAX)] {
+        assert_eq!(get(queues, entries), (false, false), "{queues} queues of {entries}");
+    }
 }
 
 #[test]

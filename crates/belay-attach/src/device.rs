@@ -54,6 +54,8 @@ const SNAPSHOT_EVERY: Duration = Duration::from_millis(50);
 /// How long the thread sleeps at first when it has run out of work. Then it looks at the rings again: a guest under
 /// TCG may have missed an interrupt, or we its request (see `belay_vhost_user::Ring::remind`).
 const SECOND_LOOK: Duration = Duration::from_millis(1);
+/// How long the thread sleeps while the guest of one of its rings does not kick.
+const POLL_EVERY: Duration = Duration::from_micros(100);
 /// Rounds of the loop between two looks at the clock-driven work.
 const HOUSEKEEPING_EVERY: u32 = 64;
 
@@ -218,7 +220,7 @@ impl Device {
             }
             let first = std::mem::replace(&mut spinning, false);
             self.renew_snapshot(true);
-            let limit = if first { SECOND_LOOK } else { self.sleep_limit() };
+            let limit = if first { SECOND_LOOK.min(self.sleep_limit()) } else { self.sleep_limit() };
             self.ring.wait(Some(limit))?;
         }
         self.let_go()
@@ -261,6 +263,9 @@ impl Device {
     /// How long the thread may sleep.
     fn sleep_limit(&self) -> Duration {
         let mut limit = self.link.heartbeat.min(Duration::from_millis(250));
+        if self.port.is_polled() {
+            limit = POLL_EVERY;
+        }
         let deadlines = [
             self.local.as_ref().and_then(|local| local.next_deadline()),
             self.exchange.as_ref().and_then(|exchange| exchange.next_deadline(self.now)),

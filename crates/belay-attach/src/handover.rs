@@ -289,7 +289,10 @@ impl Device {
                 queue.stopped_at().map(|base| QueueBase { queue: QueueIndex(index as u16), base })
             })
             .collect();
-        InflightList { queues, requests: self.requests.list() }
+        let mut requests = self.requests.list();
+        requests.extend(self.port.lost());
+        requests.sort_by_key(|request| request.txid);
+        InflightList { queues, requests }
     }
 
     /// Whether the start of a ring is the machine's to decide; then it has been told.
@@ -477,6 +480,7 @@ impl Device {
                     // The list has been checked against the ring; only a guest that rewrites its descriptors
                     // under way comes here. It loses this request's completion, as it would on real hardware.
                     tracing::error!(device = %self.identity.name, reason, "a listed request cannot be taken over");
+                    self.lose(index, listed.head.0, listed.txid);
                 }
             }
         }

@@ -60,6 +60,7 @@ impl Device {
                 Ok(key) => taken.push((listed.txid, key)),
                 Err(reason) => {
                     tracing::error!(device = %self.identity.name, reason, "a listed request cannot be taken over");
+                    self.lose(index, listed.head.0, listed.txid);
                 }
             }
         }

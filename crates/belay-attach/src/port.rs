@@ -3,6 +3,7 @@
 //! A stop of a ring may be a pause, a migration or a reset: nobody can know yet. Its requests are parked, and the
 //! next start decides (vmm-facts, "At GET_VRING_BASE, pause, migration and reset look the same").
 
+use std::collections::HashSet;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::time::Instant;
@@ -28,12 +29,18 @@ pub(crate) struct Queue {
     /// Its kick descriptor is polled, under this generation.
     kick_generation: u32,
     kick_fd: Option<i32>,
+    /// The guest does not kick: it is looked at again and again.
+    polled: bool,
     /// The guest may have added requests.
     pub(crate) kicked: bool,
     /// Completions wait to be published.
     pub(crate) dirty: bool,
     /// The guest broke it: not served until it starts again.
     broken: bool,
+    /// It has run since its in-flight region was given to the VMM: what is marked there is this process's own.
+    ran: bool,
+    /// Heads that the guest waits for in vain: what it put there cannot be answered, or is not what it asked for.
+    lost: Vec<(u16, TxId)>,
 }
 
 impl Queue {
@@ -85,6 +92,21 @@ impl Port {
 
     pub(crate) fn running(&self) -> u32 {
         self.queues.iter().filter(|queue| queue.running).count() as u32
+    }
+
+    /// Whether there is a ring whose guest does not kick.
+    pub(crate) fn is_polled(&self) -> bool {
+        self.queues.iter().any(|queue| queue.polled && queue.running && !queue.broken)
+    }
+
+    /// Heads that no request stands for, as the list has them.
+    pub(crate) fn lost(&self) -> impl Iterator<Item = ListedRequest> + '_ {
+        self.queues.iter().enumerate().flat_map(|(index, queue)| {
+            queue
+                .lost
+                .iter()
+                .map(move |(head, txid)| crate::requests::listed_as_lost(index as u16, *head, *txid))
+        })
     }
 
     fn started(&self) -> bool {
@@ -231,6 +253,8 @@ impl Device {
                 self.port.quiescing = true;
                 for queue in &mut self.port.queues {
                     queue.stopped_at = None;
+                    queue.ran = false;
+                    queue.lost.clear();
                 }
                 if self.owns_guest() {
                     self.drop_guest_requests(None);
@@ -346,35 +370,53 @@ impl Device {
         }
     }
 
-    /// Starts a ring of a guest that is here: goes on with parked requests, finds those of an earlier process
-    /// again, or begins afresh.
+    /// Starts a ring of a guest that is here.
+    ///
+    /// - It goes on if the VMM stopped it on this connection, asked for no reset and no new in-flight region since, and
+    ///   starts it where it was stopped, with as many requests outstanding as are parked.
+    /// - Else what is parked belongs to an earlier life of the ring, and is dropped. So are marks of this process's own
+    ///   in the in-flight region.
+    /// - Marks in a region that this process has not used yet are requests of an earlier process, and go on.
     fn start_ring(&mut self, index: u16, start: Start, resumed: Option<u16>, marked: &[Marked]) {
         let parked = self.requests.of_queue(index);
+        let Some(queue) = self.port.queue(index) else { return };
         let outstanding = usize::from(start.base.wrapping_sub(start.used));
-        if !parked.is_empty() {
-            if resumed == Some(start.base) && outstanding == parked.len() {
-                self.run_ring(index, start.base);
-                for key in parked {
-                    self.finish_parked(key);
-                }
-                return;
+        if resumed == Some(start.base) && outstanding == parked.len() + queue.lost.len() {
+            self.run_ring(index, start.base);
+            for key in parked {
+                self.finish_parked(key);
             }
-            tracing::info!(device = %self.identity.name, queue = index, dropped = parked.len(), "the ring was reset: requests of before are dropped");
+            return;
+        }
+        let ran = std::mem::replace(&mut queue.ran, false);
+        let lost = std::mem::take(&mut queue.lost).len();
+        if !parked.is_empty() || lost > 0 {
+            tracing::info!(device = %self.identity.name, queue = index, base = start.base, used = start.used, stopped_at = resumed, dropped = parked.len() + lost, "the ring was reset: requests of before are dropped");
             self.drop_guest_requests(Some(index));
         }
-        if marked.is_empty() {
+        if ran && let Some(ring) = self.port.ring(index) {
+            marked.iter().for_each(|mark| ring.unmark(mark.head));
+        }
+        if ran || marked.is_empty() {
             self.run_ring(index, start.base);
             return;
         }
         tracing::info!(device = %self.identity.name, queue = index, requests = marked.len(), "requests of an earlier process go on");
         self.run_ring(index, start.used.wrapping_add(marked.len() as u16));
-        for mark in marked {
-            let txid = self.number_of(mark.tag);
-            if let Some(txid) = txid {
-                self.seen_txid(txid);
-            }
+        let numbers = self.numbers_of(marked);
+        // All of them first: one that has none draws a new one.
+        numbers.iter().flatten().for_each(|txid| self.seen_txid(*txid));
+        for (mark, txid) in marked.iter().zip(numbers) {
             self.resubmit(index, mark.head, txid);
         }
+    }
+
+    /// The numbers of requests that the in-flight region has. Where the VMM has written one twice, or one that
+    /// something else has, the request gets a new one.
+    fn numbers_of(&self, marked: &[Marked]) -> Vec<Option<TxId>> {
+        let mut taken: HashSet<TxId> = self.requests.everything().map(|(_, request)| request.txid).collect();
+        let number = |mark: &Marked| self.number_of(mark.tag).filter(|txid| taken.insert(*txid));
+        marked.iter().map(number).collect()
     }
 
     /// Submits the request at a head that an earlier process had popped.
@@ -383,6 +425,16 @@ impl Device {
         match ring.chain_at(head) {
             Ok(chain) => self.begin(index, chain, txid),
             Err(error) => self.bad_chain(index, head, &error),
+        }
+    }
+
+    /// A head of a ring that runs will not be answered. It counts as in flight like any other.
+    pub(crate) fn lose(&mut self, index: u16, head: u16, txid: TxId) {
+        if let Some(ring) = self.port.ring(index) {
+            ring.mark(head, txid.0);
+        }
+        if let Some(queue) = self.port.queue(index) {
+            queue.lost.push((head, txid));
         }
     }
 
@@ -425,6 +477,7 @@ impl Device {
         if let Some(queue) = self.port.queue(index) {
             queue.waiting = None;
             queue.running = true;
+            queue.ran = true;
             queue.kicked = true;
         }
         self.counters.first_completion_ns = 0;
@@ -433,8 +486,11 @@ impl Device {
     }
 
     fn poll_kick(&mut self, index: u16) {
-        let Some(fd) = self.port.ring(index).and_then(|ring| ring.kick_fd()) else { return };
+        let Some(ring) = self.port.ring(index) else { return };
+        let (fd, polled) = (ring.kick_fd(), ring.is_polled());
         let Some(queue) = self.port.queue(index) else { return };
+        queue.polled = polled;
+        let Some(fd) = fd else { return };
         if queue.kick_fd == Some(fd) {
             return;
         }
@@ -475,7 +531,7 @@ impl Device {
         let mut begun = 0;
         for index in 0..self.port.queues.len() as u16 {
             let queue = &mut self.port.queues[usize::from(index)];
-            if queue.running && !queue.broken && (queue.kicked || all) {
+            if queue.running && !queue.broken && (queue.kicked || queue.polled || all) {
                 queue.kicked = false;
                 begun += self.serve_ring(index);
             }
@@ -545,7 +601,26 @@ impl Device {
     fn bad_chain(&mut self, index: u16, head: u16, error: &RingError) {
         tracing::debug!(device = %self.identity.name, queue = index, head, %error, "a bad request of the guest");
         self.counters.bad_requests += 1;
-        self.give_back(index, head, 0);
+        self.reject(index, head);
+    }
+
+    /// Answers a request that cannot be read, wherever its status is. Where there is none the ring is broken.
+    fn reject(&mut self, index: u16, head: u16) {
+        let Some(ring) = self.port.ring(index) else { return };
+        let rejected = ring.reject(head, belay_block::virtio::STATUS_IO_ERROR);
+        let in_flight = ring.is_in_flight(head);
+        let txid = if in_flight { self.draw_txid() } else { TxId(0) };
+        let Some(queue) = self.port.queue(index) else { return };
+        match rejected {
+            Ok(()) => queue.dirty = true,
+            Err(error) => {
+                queue.broken = true;
+                tracing::warn!(device = %self.identity.name, queue = index, head, %error, "the guest broke its ring: it is not served until it starts again");
+                if in_flight {
+                    self.lose(index, head, txid);
+                }
+            }
+        }
     }
 
     fn give_back(&mut self, index: u16, head: u16, written: u32) {
@@ -569,11 +644,13 @@ impl Device {
                 }
                 self.submit_guest(key);
             }
+            Err(0) => self.reject(index, head),
             Err(written) => self.give_back(index, head, written),
         }
     }
 
-    /// Reads a request out of its chain. `Err`: it has been answered already, with so many bytes written.
+    /// Reads a request out of its chain. `Err`: it has been answered already, with so many bytes written; 0: it has no
+    /// place for an answer.
     fn parse(&mut self, index: u16, chain: Chain, txid: Option<TxId>) -> Result<GuestRequest, u32> {
         use belay_block::virtio::{self, RequestKind};
         let readable: smallvec::SmallVec<[IoVec; 4]> =

@@ -173,6 +173,20 @@ pub(crate) fn listed(request: &GuestRequest) -> ListedRequest {
     }
 }
 
+/// How a head is written into the list that its guest waits for in vain: as a request that it is not, so that it is
+/// not taken over as one either.
+pub(crate) fn listed_as_lost(queue: u16, head: u16, txid: TxId) -> ListedRequest {
+    ListedRequest {
+        queue: QueueIndex(queue),
+        head: HeadIndex(head),
+        kind: RequestKind::Flush,
+        state: RequestState::Sent,
+        txid,
+        offset: 0,
+        len: 0,
+    }
+}
+
 /// A block operation's kind on the wire.
 pub(crate) fn wire_kind(kind: OpKind) -> RequestKind {
     match kind {

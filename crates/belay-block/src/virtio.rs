@@ -25,6 +25,8 @@ pub const MAX_DATA_BYTES: u64 = 4 << 20;
 pub const MAX_RANGE_SECTORS: u32 = 1 << 22;
 /// Bytes of the answer to GET_ID.
 pub const ID_BYTES: usize = 20;
+/// The status of a request that failed: VIRTIO_BLK_S_IOERR.
+pub const STATUS_IO_ERROR: u8 = 1;
 /// Bytes of a request's header.
 const HEADER_BYTES: usize = 16;
 /// Bytes of a discard or write-zeroes segment.
@@ -143,7 +145,7 @@ impl Limits {
 #[repr(u8)]
 enum StatusCode {
     Ok = 0,
-    IoError = 1,
+    IoError = STATUS_IO_ERROR,
     Unsupported = 2,
 }
 

@@ -87,6 +87,10 @@ pub struct Guest {
     seen: Vec<u16>,
     in_flight: HashMap<(usize, usize), Doing>,
     model: Model,
+    /// Slots of requests that are not to be answered any more.
+    spoiled: Vec<(usize, usize)>,
+    /// Queue, head and written bytes of completed chains that were offered raw.
+    pub raw: Vec<(usize, u32, u32)>,
     next_version: u64,
     /// Requests completed.
     pub completed: u64,
@@ -98,6 +102,8 @@ pub struct Guest {
     pub bases: Vec<u16>,
     /// What it draws its requests from.
     pub random: Random,
+    /// Does not kick.
+    pub mute: bool,
 }
 
 impl Guest {
@@ -111,6 +117,8 @@ impl Guest {
             seen: vec![0; queues],
             in_flight: HashMap::new(),
             model: Model::default(),
+            spoiled: Vec::new(),
+            raw: Vec::new(),
             next_version: 1,
             completed: 0,
             errors: 0,
@@ -118,6 +126,7 @@ impl Guest {
             inflight_region: None,
             bases: vec![0; queues],
             random: Random(seed),
+            mute: false,
         }
     }
 
@@ -275,6 +284,8 @@ impl Guest {
             seen: self.seen.clone(),
             in_flight: self.in_flight.clone(),
             model: self.model.clone(),
+            spoiled: self.spoiled.clone(),
+            raw: Vec::new(),
             next_version: ZOMBIE_VERSIONS,
             completed: 0,
             errors: 0,
@@ -282,6 +293,7 @@ impl Guest {
             inflight_region: None,
             bases: self.bases.clone(),
             random: Random(self.random.0 ^ ZOMBIE_VERSIONS),
+            mute: self.mute,
         }
     }
 
@@ -315,6 +327,7 @@ impl Guest {
 
     /// Forgets everything, as a reset does; used and available rings begin anew.
     pub fn reset(&mut self) {
+        self.spoiled.clear();
         let lost: Vec<Doing> = self.in_flight.drain().map(|(_, doing)| doing).collect();
         for doing in lost {
             if let Doing::Write { block, version } = doing {
@@ -360,9 +373,10 @@ impl Guest {
 
     /// Offers one more request on this queue, if it has room.
     pub fn offer(&mut self, queue: usize) -> bool {
-        let Some(slot) = (0..SLOTS).find(|slot| !self.in_flight.contains_key(&(queue, *slot))) else {
-            return false;
+        let free = |slot: &usize| {
+            !self.in_flight.contains_key(&(queue, *slot)) && !self.spoiled.contains(&(queue, *slot))
         };
+        let Some(slot) = (0..SLOTS).find(free) else { return false };
         let block = self.random.below(self.blocks);
         let doing = match self.random.below(20) {
             0 => Doing::Flush,
@@ -407,11 +421,102 @@ impl Guest {
                 self.descriptor(queue, head + 2, at + 16, 1, write, 0);
             }
         }
+        self.make_available(queue, head);
+    }
+
+    fn make_available(&mut self, queue: usize, head: u16) {
         let ring = self.ring(queue);
         let position = usize::from(self.avail[queue] % RING_SIZE);
         self.memory.put(ring + AVAIL + 4 + position * 2, &head.to_le_bytes());
         self.avail[queue] = self.avail[queue].wrapping_add(1);
         self.memory.index(ring + AVAIL + 2).store(self.avail[queue], Ordering::Release);
+    }
+
+    /// Offers a chain as it is, at a head that this driver does not use: address, length and flags of each descriptor.
+    /// The next descriptor is the one behind, for the last one the first.
+    pub fn offer_raw(&mut self, queue: usize, descriptors: &[(u64, u32, u16)]) {
+        let head = SLOTS as u16 * 3;
+        for (step, (addr, len, flags)) in descriptors.iter().enumerate() {
+            let next = if step + 1 < descriptors.len() { head + step as u16 + 1 } else { head };
+            self.descriptor(queue, head + step as u16, *addr as usize, *len as usize, *flags, next);
+        }
+        self.make_available(queue, head);
+        self.kick(queue);
+    }
+
+    /// Memory that this driver does not use.
+    pub fn scratch(&self) -> usize {
+        MEMORY - (1 << 20)
+    }
+
+    /// Writes to the guest's memory at this address.
+    pub fn poke(&self, at: usize, bytes: &[u8]) {
+        self.memory.put(at, bytes);
+    }
+
+    /// The byte of the guest's memory at this address.
+    #[must_use]
+    pub fn peek(&self, at: usize) -> u8 {
+        self.memory.get::<1>(at)[0]
+    }
+
+    /// Takes completions until so many raw chains have come back.
+    pub fn wait_raw(&mut self, count: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.raw.len() < count {
+            assert!(Instant::now() < deadline, "{} raw chains came back", self.raw.len());
+            self.reap();
+            std::thread::yield_now();
+        }
+    }
+
+    /// Rewrites the descriptors of a request of a stopped queue that the device has taken, as no driver may: it cannot be
+    /// answered any more. `false`: there is no such request.
+    pub fn spoil(&mut self, queue: usize) -> bool {
+        let mut not_taken = Vec::new();
+        let mut index = self.bases[queue];
+        while index != self.avail[queue] {
+            let position = usize::from(index % RING_SIZE);
+            not_taken.push(u16::from_le_bytes(self.memory.get(self.ring(queue) + AVAIL + 4 + position * 2)));
+            index = index.wrapping_add(1);
+        }
+        let slot = self.in_flight.iter().find_map(|((q, slot), doing)| {
+            let write = matches!(doing, Doing::Write { .. });
+            (*q == queue && write && !not_taken.contains(&((slot * 3) as u16))).then_some(*slot)
+        });
+        let Some(slot) = slot else { return false };
+        let head = (slot * 3) as u16;
+        self.descriptor(queue, head + 1, self.slot(queue, slot) + DATA, BLOCK / 2, 1, head + 2);
+        if let Some(Doing::Write { block, version }) = self.in_flight.remove(&(queue, slot)) {
+            self.model.given_up(block, version);
+        }
+        self.spoiled.push((queue, slot));
+        true
+    }
+
+    /// Announces a queue's kick without a descriptor: the device has to poll.
+    pub fn stop_kicking(&self, queue: u8) {
+        let frontend = &self.connection.as_ref().unwrap().frontend;
+        let mut message = Vec::new();
+        for word in [12u32, 1, 8] {
+            message.extend(word.to_ne_bytes());
+        }
+        message.extend((1u64 << 8 | u64::from(queue)).to_ne_bytes());
+        // SAFETY: the descriptor is open as long as the frontend, which is not used meanwhile.
+        let socket = unsafe { std::os::fd::BorrowedFd::borrow_raw(frontend.as_raw_fd()) };
+        assert_eq!(rustix::io::write(socket, &message).unwrap(), message.len());
+    }
+
+    /// Replaces every number in the in-flight region.
+    pub fn scribble_tags(&self, number: impl Fn(u64) -> u64) {
+        use std::os::unix::fs::FileExt;
+        let (_, file) = self.inflight_region.as_ref().unwrap();
+        let entries = u64::from(RING_SIZE);
+        let queue = (16 + 16 * entries).next_multiple_of(64);
+        let tags = queue * self.queues as u64 + 64;
+        for index in 0..entries * self.queues as u64 {
+            file.write_all_at(&number(index).to_ne_bytes(), tags + 8 * index).unwrap();
+        }
     }
 
     fn descriptor(&self, queue: usize, index: u16, addr: usize, len: usize, flags: u16, next: u16) {
@@ -425,6 +530,9 @@ impl Guest {
     /// Tells the back-end, if there is one, that there are new requests.
     pub fn kick(&self, queue: usize) {
         fence(Ordering::SeqCst);
+        if self.mute {
+            return;
+        }
         if let Some(connection) = &self.connection {
             connection.kicks[queue].write(1).unwrap();
         }
@@ -449,6 +557,10 @@ impl Guest {
     }
 
     fn complete(&mut self, queue: usize, id: u32, written: u32) {
+        if id as usize >= SLOTS * 3 {
+            self.raw.push((queue, id, written));
+            return;
+        }
         let slot = id as usize / 3;
         let doing =
             self.in_flight.remove(&(queue, slot)).unwrap_or_else(|| panic!("head {id} completed twice"));

@@ -1,7 +1,7 @@
 //! What an enrolled host may do to devices that are not its own: nothing.
 
 use anyhow::{Context, Result, ensure};
-use belay_e2e::{Bed, Host, Peer};
+use belay_e2e::{Bed, Peer};
 use belay_wire::control::Channel;
 use belay_wire::{Epoch, FrameKind, Header, Refusal, TxId};
 use serde_json::{Value, json};
@@ -132,6 +132,23 @@ fn files_of_the_destination_are_not_looked_for_on_behalf_of_a_peer() {
     });
 }
 
+#[test]
+fn device_that_belongs_to_another_host_is_neither_offered_nor_taken_back_exit_code_5() {
+    with_bed(|bed| {
+        let scene = make_scene(bed)?;
+        let disk = scene.guest.disk.as_str();
+        for line in [&["device", "offer", disk, "host-b"][..], &["device", "withdraw", disk]] {
+            let output = bed.a.spawn(line)?.wait()?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            ensure!(
+                output.status.code() == Some(5) && said.contains("belongs to host-b"),
+                "{line:?}: {said}"
+            );
+        }
+        unchanged(bed, &scene)
+    });
+}
+
 /// Every frame that a client may send.
 fn frames(epoch: u64) -> impl Iterator<Item = Header> {
     let kinds = (1..=19).filter_map(FrameKind::from_u8);
@@ -180,7 +197,8 @@ fn host_that_a_device_is_only_offered_to_reads_and_writes_nothing_of_it() {
         bed.a.belay(&["device", "offer", "offered", bed.b.name])?;
         let device = bed.a.device("offered")?;
         let epoch = device["epoch"].as_u64().context("an epoch")?;
-        // host-b, as if its agent were another.
+        // host-b, with another agent than its own, which would dial as well, and of two connections the newer counts.
+        bed.b.terminate_agent()?;
         let second = Peer::new(std::path::Path::new(&bed.b.pki()))?;
         let (_, answer) = second.open(&bed.a, &device, Channel::Copier, epoch)?;
         ensure!(refused(answer.as_ref()), "{answer:?}");
@@ -190,8 +208,8 @@ fn host_that_a_device_is_only_offered_to_reads_and_writes_nothing_of_it() {
         }
         let harmless = [FrameKind::Ping, FrameKind::Pong, FrameKind::Ack, FrameKind::Bye];
         for header in frames(epoch).filter(|header| !harmless.contains(&header.kind)) {
-            let (mut line, answer) = opened(&second, &bed.a, &device, epoch)?;
-            ensure!(answer.kind == FrameKind::Opened, "{answer:?}");
+            let (mut line, answer) = second.open(&bed.a, &device, Channel::Guest, epoch)?;
+            ensure!(answer.is_some_and(|answer| answer.kind == FrameKind::Opened), "{answer:?}");
             let payload = if header.kind == FrameKind::Write { vec![7; 4096] } else { Vec::new() };
             line.send(header, &payload)?;
             // No VM uses the device: its rings stand still, and the list of their requests is on its way.
@@ -214,10 +232,4 @@ fn host_that_a_device_is_only_offered_to_reads_and_writes_nothing_of_it() {
         ensure!(after["state"] == "offered" || after["state"] == "parked", "{after}");
         Ok(())
     });
-}
-
-/// The agent of host-b dials, too: the newer connection replaces the older one, which may meet this one.
-fn opened(peer: &Peer, host: &Host, device: &Value, epoch: u64) -> Result<(belay_e2e::Line, Header)> {
-    let (line, answer) = peer.open(host, device, Channel::Guest, epoch)?;
-    Ok((line, answer.context("the connection ended at once")?))
 }

@@ -1,8 +1,10 @@
 //! The agent: what it owns, and how its devices start and change.
 
 use std::collections::BTreeMap;
+use std::future::poll_fn;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 use std::time::Duration;
 
 use belay_attach::{BACKEND_OWNER, Command, DeviceConfig, DeviceHandle, LinkTimes, Notice, PeerSocket, Role};
@@ -26,6 +28,8 @@ use crate::vm::Vms;
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a backend that another process holds is tried again.
 const LOCK_RETRY: Duration = Duration::from_millis(50);
+/// How long a predecessor's last writes may hold the lock before the device is said to be in trouble.
+const LOCK_IS_USUAL: Duration = Duration::from_secs(5);
 
 /// This host's agent.
 pub struct Agent {
@@ -41,6 +45,8 @@ pub struct Agent {
     pub operations: Operations,
     /// Its VMs.
     pub vms: Vms,
+    /// The user that QEMU runs as, if it is not the agent's.
+    pub(crate) vmm_uid: std::sync::OnceLock<u32>,
     /// What it counts for its metrics.
     pub counts: Counts,
     /// Held while a device is prepared for a peer: the same call twice may not start it twice.
@@ -60,6 +66,7 @@ impl Agent {
             events: Events::default(),
             operations: Operations::default(),
             vms: Vms::default(),
+            vmm_uid: std::sync::OnceLock::new(),
             counts: Counts::default(),
             preparing: tokio::sync::Mutex::default(),
             devices: Mutex::default(),
@@ -177,14 +184,28 @@ impl Agent {
                 None,
                 format!("back after a restart, epoch {}", record.epoch),
             );
-            let name = record.identity.name.clone();
-            if let Err(error) = self.start_device(record).await {
-                // The others shall have their disks all the same.
-                self.events.note("device", Some(&name), None, format!("did not start: {error}"));
-                tracing::error!(device = %name, %error, "a device did not start");
+            let agent = Arc::clone(self);
+            let mut start = Box::pin(async move { agent.start_or_say_why(record).await });
+            // Whatever can be started at once is, before the agent says that it is ready. One that has to wait, for
+            // the lock on its file or for another host, does not keep the others from their disks.
+            let pending = poll_fn(|context| Poll::Ready(start.as_mut().poll(context).is_pending())).await;
+            if pending {
+                tokio::spawn(start);
             }
         }
         Ok(())
+    }
+
+    async fn start_or_say_why(self: Arc<Self>, record: DeviceRecord) {
+        let name = record.identity.name.clone();
+        let id = record.identity.id;
+        if let Err(error) = self.start_device(record).await {
+            self.events.note("device", Some(&name), None, format!("did not start: {error}"));
+            tracing::error!(device = %name, %error, "a device did not start");
+            if let Some(device) = self.device_by_id(id) {
+                device.set_trouble(Some(error.message));
+            }
+        }
     }
 
     /// Starts a device's thread in the role of its record, which is in the ledger already.
@@ -229,7 +250,17 @@ impl Agent {
         }
         match record.role {
             RoleRecord::Local { backend } | RoleRecord::Lent { backend, .. } => {
-                let backend = open_when_free(&backend).await?;
+                let path = backend.path.clone();
+                let backend = open_when_free(&device, &backend).await?;
+                let belay_wire::device::DeviceClass::Block(geometry) = &record.identity.class;
+                let (wanted, there) = (geometry.size_bytes, backend.info().size_bytes);
+                if there < wanted {
+                    let what =
+                        path.map_or_else(|| "its backend".to_owned(), |path| path.display().to_string());
+                    return Err(AgentError::failed(format!(
+                        "{what} has {there} bytes, the device {wanted}: the end of its data is missing"
+                    )));
+                }
                 device.send(Command::SetBackend(backend));
             }
             RoleRecord::Exchanging { backing, backend } => {
@@ -252,6 +283,12 @@ impl Agent {
         let socket = self.config.device_socket(&device.name());
         let listener =
             listen(&socket).map_err(|error| AgentError::failed(format!("{}: {error}", socket.display())))?;
+        if let Some(uid) = self.vmm_uid.get() {
+            // QEMU connects as root, but reconnects as this user.
+            std::os::unix::fs::chown(&socket, Some(*uid), None).map_err(|error| {
+                AgentError::failed(format!("{} cannot be given to the VMs' user: {error}", socket.display()))
+            })?;
+        }
         device.send(Command::Listen(listener));
         Ok(())
     }
@@ -497,9 +534,8 @@ impl Agent {
         if self.device(&identity.name).is_ok() {
             return Err(AgentError::usage(format!("there is a device {} already", identity.name)));
         }
-        let opened = backend
-            .build(BACKEND_OWNER)
-            .map_err(|error| AgentError::failed(format!("device {}: {error}", identity.name)))?;
+        let opened =
+            backend.build(BACKEND_OWNER).map_err(|error| self.why_not_opened(&identity.name, &error))?;
         let belay_wire::device::DeviceClass::Block(geometry) = &mut identity.class;
         geometry.size_bytes = opened.info().size_bytes;
         drop(opened);
@@ -516,6 +552,35 @@ impl Agent {
         let device = self.start_device(record).await?;
         self.events.note("device", Some(&name), None, "added");
         Ok(device)
+    }
+
+    /// What is wrong with a backend, and what to do about it.
+    fn why_not_opened(&self, name: &str, error: &OpenError) -> AgentError {
+        let failed = AgentError::failed(format!("device {name}: {error}"));
+        match error {
+            OpenError::Locked { path } => {
+                let has = |device: &Arc<Managed>| device.role().path() == Some(path);
+                match self.devices().into_iter().find(has) {
+                    Some(other) => AgentError::precheck(format!(
+                        "device {name}: {} is device {} already",
+                        path.display(),
+                        other.name()
+                    ))
+                    .hint("one file is one device; give another path"),
+                    None => {
+                        failed.hint(format!("`fuser -v {}` shows by whom; end that first", path.display()))
+                    }
+                }
+            }
+            OpenError::Size { path, size_bytes: 0 } => {
+                failed.hint(format!("remove {}, and say a size: `--size 10G`", path.display()))
+            }
+            OpenError::Size { path, .. } => {
+                failed.hint(format!("`truncate --size %512 {}` makes it a little longer", path.display()))
+            }
+            OpenError::NotADisk { .. } => failed.hint("give the path of an image, or of a block device"),
+            _ => failed,
+        }
     }
 
     /// Forgets a device. Its backend's file is left alone.
@@ -581,16 +646,37 @@ impl Agent {
             )));
         }
         not_offered(&device)?;
+        device.usable()?;
+        let belay_wire::device::DeviceClass::Block(geometry) = device.identity().class;
+        if size_bytes == geometry.size_bytes {
+            return Ok(());
+        }
+        if size_bytes < geometry.size_bytes {
+            return Err(AgentError::precheck(format!(
+                "device {name} has {} bytes: it can become larger than that, not smaller",
+                geometry.size_bytes
+            )));
+        }
+        if !size_bytes.is_multiple_of(512) {
+            return Err(AgentError::usage(format!("{size_bytes} bytes: a disk has a multiple of 512")));
+        }
         let mark = device.mark();
         device.send(Command::Resize(size_bytes));
         let answer = device.wait_for(mark, &["Resized"], Duration::from_secs(10)).await?;
-        if answer.starts_with("Resized(Err") {
-            return Err(AgentError::failed(format!("device {name} was not resized: {answer}")));
+        if let Some(reason) = answer.strip_prefix("Resized(Err(") {
+            let reason = reason.trim_end_matches("))").trim_matches('"');
+            return Err(AgentError::failed(format!("device {name} was not resized: {reason}")));
         }
         let _writing = device.writing.lock().await;
         let mut record = device.record();
         let belay_wire::device::DeviceClass::Block(geometry) = &mut record.identity.class;
         geometry.size_bytes = size_bytes;
+        if let RoleRecord::Local { backend } = &mut record.role
+            && backend.size_bytes.is_some()
+        {
+            // One without a file is made anew, in this size, when the agent starts.
+            backend.size_bytes = Some(size_bytes);
+        }
         self.write_record(record.clone()).await?;
         device.set_record(record);
         self.events.note("device", Some(name), None, format!("has {size_bytes} bytes now"));
@@ -650,15 +736,25 @@ pub(crate) fn peer_socket(connection: DataConnection) -> PeerSocket {
 }
 
 /// Opens a backend, waiting for a predecessor's lock: writes of a killed agent may still be on their way.
-pub(crate) async fn open_when_free(spec: &BackendSpec) -> Result<Box<dyn belay_block::Backend>, AgentError> {
+pub(crate) async fn open_when_free(
+    device: &Managed,
+    spec: &BackendSpec,
+) -> Result<Box<dyn belay_block::Backend>, AgentError> {
+    let began = std::time::Instant::now();
     loop {
         match spec.build(BACKEND_OWNER) {
-            Err(OpenError::Locked { path }) => {
-                tracing::debug!(path = %path.display(), "waiting for the lock");
+            Err(error @ OpenError::Locked { .. }) => {
+                if began.elapsed() > LOCK_IS_USUAL && device.trouble().is_none() {
+                    tracing::warn!(device = %device.name(), %error, "waiting for the lock");
+                    device.set_trouble(Some(format!("{error}; it is served as soon as that ends")));
+                }
                 tokio::time::sleep(LOCK_RETRY).await;
             }
             Err(error) => return Err(AgentError::failed(error.to_string())),
-            Ok(backend) => return Ok(backend),
+            Ok(backend) => {
+                device.set_trouble(None);
+                return Ok(backend);
+            }
         }
     }
 }

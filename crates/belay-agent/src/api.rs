@@ -236,7 +236,32 @@ pub fn router(agent: Arc<Agent>) -> Router {
         .fallback(|| async {
             AgentError::not_found("there is no such call; `belay api` describes those that are")
         })
+        .layer(axum::middleware::map_response(in_our_form))
         .with_state(agent)
+}
+
+/// Errors of the server itself, such as a body that is too large, in the form of ours.
+async fn in_our_form(response: Response) -> Response {
+    let status = response.status();
+    let ours = response
+        .headers()
+        .get(CONTENT_TYPE)
+        .is_some_and(|kind| kind.as_bytes().starts_with(b"application/json"));
+    if ours || !(status.is_client_error() || status.is_server_error()) {
+        return response;
+    }
+    let (parts, body) = response.into_parts();
+    let text = axum::body::to_bytes(body, 4096).await.unwrap_or_default();
+    let text = String::from_utf8_lossy(&text).trim().to_owned();
+    let message = match status {
+        StatusCode::METHOD_NOT_ALLOWED => "this call has another method; `belay api` describes it".to_owned(),
+        _ if text.is_empty() => status.to_string(),
+        _ => format!("the request is not understood: {text}"),
+    };
+    let mut response = (status, Json(AgentError::usage(message))).into_response();
+    let allow = axum::http::header::ALLOW;
+    response.headers_mut().extend(parts.headers.get(&allow).map(|methods| (allow, methods.clone())));
+    response
 }
 
 /// Reads a body such that what is wrong with it is said in our form.
@@ -363,7 +388,8 @@ async fn exchange_limit(
 async fn exchange_cancel(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, AgentError> {
     let device = agent.device(&name)?;
     if device.snapshot().exchange.is_none() {
-        return Err(AgentError::precheck(format!("device {name} is not being copied")));
+        // It was ended before, or never began: what is asked for is so.
+        return Ok(StatusCode::ACCEPTED);
     }
     let mark = device.mark();
     device.send(belay_attach::Command::CancelExchange);

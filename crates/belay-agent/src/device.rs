@@ -43,6 +43,8 @@ pub struct Managed {
     vmm: AtomicBool,
     /// The host that it came from since the agent started; it may see how the device fares here.
     came_from: Mutex<Option<String>>,
+    /// Why it cannot be served.
+    trouble: Mutex<Option<String>>,
     /// Held while an exchange is committed: a call that is repeated waits for the first one's outcome.
     pub(crate) committing: tokio::sync::Mutex<()>,
 }
@@ -62,6 +64,7 @@ impl Managed {
             writing: tokio::sync::Mutex::default(),
             vmm: AtomicBool::new(false),
             came_from: Mutex::default(),
+            trouble: Mutex::default(),
             committing: tokio::sync::Mutex::default(),
         }
     }
@@ -98,6 +101,27 @@ impl Managed {
     #[must_use]
     pub fn role(&self) -> RoleRecord {
         self.record().role
+    }
+
+    /// Why it cannot be served.
+    #[must_use]
+    pub fn trouble(&self) -> Option<String> {
+        self.trouble.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set_trouble(&self, trouble: Option<String>) {
+        *self.trouble.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = trouble;
+    }
+
+    /// Whether a VM can be given it.
+    ///
+    /// # Errors
+    /// It cannot be served.
+    pub(crate) fn usable(&self) -> Result<(), AgentError> {
+        let Some(trouble) = self.trouble() else { return Ok(()) };
+        let name = self.name();
+        Err(AgentError::precheck(format!("device {name} cannot be served: {trouble}"))
+            .hint(format!("mend that and restart the agent, or `belay device remove {name}`")))
     }
 
     /// Whether it came from this host.

@@ -138,7 +138,7 @@ impl Agent {
             in_flight_bytes: self.config.exchange.in_flight_bytes,
             echo: true,
         };
-        let local = open_when_free(backend).await?;
+        let local = open_when_free(device, backend).await?;
         device.send(Command::StartExchange { local, options });
         Ok(())
     }

@@ -47,7 +47,9 @@ pub fn run(config_path: &Path) -> anyhow::Result<()> {
     memory::keep_freed();
     let config = Config::load(config_path)?;
     let filter = tracing_subscriber::EnvFilter::try_from_env("BELAY_LOG").unwrap_or_else(|_| "info".into());
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let _ = log.with_ansi(colours).try_init();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(serve(config))
 }
@@ -74,8 +76,12 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             "host_name is {name}, but this host's certificate is for {certified}"
         );
     }
+    let vmm_uid = config.vmm.user.as_deref().map(uid_of).transpose()?;
     let ledger = Ledger::open(&config.state_dir.join("ledger.redb"))?;
     let agent = Agent::new(config, identity.clone(), ledger);
+    if let Some(uid) = vmm_uid {
+        let _ = agent.vmm_uid.set(uid);
+    }
     if let Some(identity) = identity {
         listen_to_peers(&agent, identity).await?;
     }
@@ -114,6 +120,16 @@ fn only_one(folder: &Path) -> anyhow::Result<File> {
         Ok(()) => Ok(file),
         Err(_) => anyhow::bail!("another agent uses {}", folder.display()),
     }
+}
+
+/// The number of the user that QEMU runs as.
+fn uid_of(user: &str) -> anyhow::Result<u32> {
+    let output =
+        std::process::Command::new("id").args(["-u", "--", user]).output().context("cannot run `id`")?;
+    let number = String::from_utf8_lossy(&output.stdout).trim().parse();
+    number.map_err(|_| {
+        anyhow::anyhow!("vmm.user = {user:?}: there is no such user; `useradd --system {user}` makes one")
+    })
 }
 
 async fn listen_to_peers(agent: &Arc<Agent>, identity: Arc<Identity>) -> anyhow::Result<()> {

@@ -12,6 +12,7 @@ use utoipa::ToSchema;
 use crate::agent::Agent;
 use crate::device::Managed;
 use crate::error::AgentError;
+use crate::ledger::{DeviceRecord, RoleRecord};
 
 /// Entries of each queue.
 const QUEUE_ENTRIES: u16 = 256;
@@ -95,6 +96,19 @@ impl NewDevice {
         }
     }
 
+    /// Whether this record is what would be made of it: then it was added before.
+    fn is(&self, record: &DeviceRecord) -> bool {
+        let RoleRecord::Local { backend } = &record.role else { return false };
+        let wanted = self.identity();
+        let (DeviceClass::Block(mut wanted), DeviceClass::Block(there)) =
+            (wanted.class, &record.identity.class);
+        wanted.size_bytes = there.size_bytes;
+        let size = self.size_bytes.is_none_or(|size| size == there.size_bytes);
+        let mut like = self.backend();
+        like.size_bytes = backend.size_bytes;
+        size && wanted == *there && self.vm == record.identity.vm && like == *backend
+    }
+
     fn identity(&self) -> DeviceIdentity {
         let default = || self.name.chars().filter(char::is_ascii).take(20).collect();
         DeviceIdentity {
@@ -173,9 +187,12 @@ impl Agent {
     /// The description is wrong, the name is taken, or the backend cannot be opened.
     pub async fn add_new_device(self: &Arc<Self>, new: &NewDevice) -> Result<Arc<Managed>, AgentError> {
         new.check()?;
-        if self.device(&new.name).is_ok() {
+        if let Ok(present) = self.device(&new.name) {
+            if new.is(&present.record()) {
+                return Ok(present);
+            }
             return Err(AgentError::usage(format!("there is a device {} already", new.name))
-                .hint("`belay device list` shows those that are; choose another name"));
+                .hint(format!("`belay device show {}` shows it; choose another name", new.name)));
         }
         let made = new.make_file()?;
         let added = self.add_device(new.identity(), new.backend()).await;

@@ -21,6 +21,8 @@ use crate::error::AgentError;
 use crate::ledger::{DeviceRecord, Mode, OfferRecord, RoleRecord};
 use crate::peer::{DeviceList, Done, Prepare, Prepared};
 
+/// How long it may take to connect to the destination.
+const REACH_WITHIN: Duration = Duration::from_secs(5);
 /// How long the destination may take to prepare: it opens files and connects back.
 const PREPARE_WITHIN: Duration = Duration::from_secs(30);
 /// How long its connection may take to be seen here, once it says that it is connected.
@@ -98,6 +100,9 @@ impl Agent {
         let name = device.name();
         let offer = OfferRecord { to: to.to_owned(), mode };
         let again = self.may_offer(device, &offer)?;
+        // Nobody who sits in front of this wants to wait as long as a preparation may take.
+        let reached = self.client(to)?.reach(REACH_WITHIN).await;
+        reached.map_err(|error| AgentError::unreachable(format!("device {name}: {error}")))?;
         let mut request = self.preparation(device, mode)?;
         request.again = again;
         request.dry_run = dry_run;
@@ -134,6 +139,7 @@ impl Agent {
         if offer.to == self.host() {
             return Err(AgentError::precheck(format!("device {name} is at host {} already", offer.to)));
         }
+        device.usable()?;
         let record = device.record();
         match record.role {
             RoleRecord::Local { .. } => {}

@@ -52,6 +52,9 @@ pub struct DeviceView {
     pub backed_by: String,
     /// `local`, `offered`, `parked`, `granting`, `lent`, `prepared`, `claiming`, `remote`, `failed`.
     pub state: String,
+    /// Why it cannot be served; its VM's I/O waits.
+    #[serde(default)]
+    pub trouble: Option<String>,
     /// The host that may take it.
     pub offered_to: Option<String>,
     /// How often its attachment has moved.
@@ -72,8 +75,8 @@ pub struct DeviceView {
     pub written_bytes: u64,
     /// Latency since the agent has the device.
     pub latency: LatencyView,
-    /// Whether the connection to the backing's host is up.
-    pub link_up: bool,
+    /// Whether the connection to the backing's host is up; none if the backing is here.
+    pub link_up: Option<bool>,
     /// Requests executed for another host's guest.
     pub served: u64,
     /// Last completion given to the guest, monotonic clock of the host, ns.
@@ -131,6 +134,8 @@ pub fn device_view(agent: &Agent, device: &Managed) -> DeviceView {
         "copying" | "cutting" => "remote",
         state => state,
     };
+    let trouble = device.trouble();
+    let link_up = (backed_by != agent.host()).then_some(snapshot.link_up);
     DeviceView {
         id: record.identity.id.to_string(),
         class: "block".to_owned(),
@@ -138,7 +143,8 @@ pub fn device_view(agent: &Agent, device: &Managed) -> DeviceView {
         size_bytes: geometry.size_bytes,
         attached_to,
         backed_by,
-        state: state.to_owned(),
+        state: if trouble.is_some() { "failed".to_owned() } else { state.to_owned() },
+        trouble,
         offered_to: record.offered.map(|offer| offer.to),
         epoch: record.epoch.0,
         socket: agent.config.device_socket(&record.identity.name).display().to_string(),
@@ -153,7 +159,7 @@ pub fn device_view(agent: &Agent, device: &Managed) -> DeviceView {
             p99_us: snapshot.latency.p99_us,
             max_us: snapshot.latency.max_us,
         },
-        link_up: snapshot.link_up,
+        link_up,
         served: snapshot.served,
         last_completion_ns: snapshot.last_completion_ns,
         first_completion_ns: snapshot.first_completion_ns,

@@ -232,7 +232,14 @@ impl Agent {
         }
         let mut disks = Vec::new();
         for disk in &spec.disks {
-            self.device(&disk.device)?;
+            self.device(&disk.device)?.usable()?;
+            if let Some(other) = self.vms.all().iter().find(|vm| vm.record.devices.contains(&disk.device)) {
+                return Err(AgentError::precheck(format!(
+                    "device {} is used by VM {}",
+                    disk.device, other.record.name
+                ))
+                .hint(format!("`belay vm stop {}` ends that VM", other.record.name)));
+            }
             disks.push(DiskPlug {
                 device: disk.device.clone(),
                 socket: self.config.device_socket(&disk.device),

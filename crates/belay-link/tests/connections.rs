@@ -177,6 +177,38 @@ async fn caller_of_another_cluster_is_rejected_by_the_server() {
     agent.assert_well(&a).await;
 }
 
+/// A certificate of the cluster's authority whose time is over, and its key.
+fn expired(cluster: &Cluster) -> (CertificateDer<'static>, PrivateKeyDer<'static>) {
+    let read = |name: &str| std::fs::read_to_string(cluster.path().join(name)).unwrap();
+    let authority = rcgen::KeyPair::from_pem(&read("ca.key")).unwrap();
+    let issuer = rcgen::Issuer::from_ca_cert_pem(&read("ca.crt"), authority).unwrap();
+    let mut params = rcgen::CertificateParams::new(vec!["host-b".to_owned()]).unwrap();
+    params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
+    params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+    params.not_after = rcgen::date_time_ymd(2021, 1, 1);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let certificate = params.signed_by(&key, &issuer).unwrap().der().clone();
+    (certificate, PrivateKeyDer::Pkcs8(key.serialize_der().into()))
+}
+
+#[tokio::test]
+async fn caller_with_an_expired_certificate_is_rejected_by_the_server() {
+    let a = Cluster::new("host-a");
+    let agent = Agent::start(&a.identity).await;
+    let (certificate, key) = expired(&a);
+    let config = rustls::ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(roots_of(&a))
+        .with_client_auth_cert(vec![certificate], key)
+        .unwrap();
+    let mut stream = connect(&agent, Arc::new(config)).await;
+    let _ = stream.write_all(&Hello::of(ConnectionKind::Control).encode()).await;
+    let error = stream.read_exact(&mut [0; 16]).await.unwrap_err();
+    assert!(error.to_string().contains("CertificateExpired"), "{error}");
+    agent.assert_well(&a).await;
+}
+
 #[tokio::test]
 async fn caller_learns_that_its_certificate_was_rejected() {
     let (a, other) = (Cluster::new("host-a"), Cluster::new("host-b"));

@@ -36,6 +36,9 @@ pub(crate) struct Device {
     #[serde(default)]
     pub(crate) backed_by: Option<String>,
     pub(crate) state: String,
+    /// Why it cannot be served.
+    #[serde(default)]
+    pub(crate) trouble: Option<String>,
     #[serde(default)]
     pub(crate) offered_to: Option<String>,
     #[serde(default)]

@@ -187,6 +187,14 @@ impl ControlClient {
         self.shared.identity.send_replace(identity);
     }
 
+    /// Waits until there is a connection.
+    ///
+    /// # Errors
+    /// [`CallError::Unreachable`]: there is none within `limit`.
+    pub async fn reach(&self, limit: Duration) -> Result<(), CallError> {
+        self.session(Instant::now() + limit).await.map(drop)
+    }
+
     /// Calls a method, with the default timeout.
     ///
     /// # Errors

@@ -132,6 +132,9 @@ fn details(device: &Device) -> String {
         ("attached to", or_none(&device.attached_to)),
         ("backed by", or_none(&device.backed_by)),
         ("state", state_text(device)),
+    ];
+    facts.extend(device.trouble.clone().map(|trouble| ("trouble", trouble)));
+    facts.extend([
         ("epoch", device.epoch.to_string()),
         ("socket", or_none(&device.socket)),
         ("vmm", if device.vmm_connected { "connected" } else { "not connected" }.into()),
@@ -140,7 +143,7 @@ fn details(device: &Device) -> String {
             format!("{}, {} in flight, {} failed", device.requests, device.in_flight, device.errors),
         ),
         ("data", format!("{} read, {} written", size(device.read_bytes), size(device.written_bytes))),
-    ];
+    ]);
     if let Some(latency) = &device.latency {
         let (p50, p99, max) = (micros(latency.p50_us), micros(latency.p99_us), micros(latency.max_us));
         facts.push(("latency", format!("half within {p50}, 99 % within {p99}, longest {max}")));

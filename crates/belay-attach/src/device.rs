@@ -113,6 +113,8 @@ pub(crate) struct Device {
     waker: Arc<Waker>,
     snapshot: Arc<Mutex<Snapshot>>,
     snapshot_at: Instant,
+    /// How often this thread had touched memory of its VMM that was gone.
+    faults: u64,
     stop: bool,
 }
 
@@ -166,6 +168,7 @@ impl Device {
             waker: ends.waker,
             snapshot: ends.snapshot,
             snapshot_at: now,
+            faults: 0,
             stop: false,
         };
         device.poll(std::os::fd::AsRawFd::as_raw_fd(&*device.waker.clone()), WAKER, 0);
@@ -190,6 +193,11 @@ impl Device {
             work |= self.serve_rings(spinning) > 0;
             work |= self.finish_backend_ops();
             work |= self.read_leftovers();
+            let faults = belay_vhost_user::faults();
+            if faults != self.faults {
+                self.faults = faults;
+                self.lose_memory();
+            }
             round = round.wrapping_add(1);
             if !spinning || round.is_multiple_of(HOUSEKEEPING_EVERY) {
                 self.housekeeping();

@@ -205,6 +205,13 @@ impl Device {
         }
     }
 
+    /// Memory of the VMM's was gone when it was touched: nothing that is found there can be relied on.
+    pub(crate) fn lose_memory(&mut self) {
+        if self.port.connection.is_some() {
+            self.vmm_gone("a file of its guest's memory was cut short");
+        }
+    }
+
     fn vmm_gone(&mut self, reason: &str) {
         tracing::info!(device = %self.identity.name, reason, "the VMM's connection ended");
         let had_rings = self.port.started();

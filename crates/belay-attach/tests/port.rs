@@ -170,3 +170,31 @@ fn numbers_that_the_vmm_made_up_in_the_in_flight_region_are_replaced() {
         host.kill();
     }
 }
+
+#[test]
+fn memory_that_is_cut_short_costs_its_vm_the_device_and_nobody_anything_else() {
+    let net = Net::new();
+    let (_, mut host, mut guest) = start(&net, 2, 2000, 6);
+    let other_id = identity(1, SIZE);
+    let mut other = Host::new(&net, &other_id, 1, Role::Local);
+    other.backend(&net.image("other.img", SIZE));
+    other.listen(&net.path("other.sock"));
+    let mut bystander = Guest::new(1, BLOCKS, 7);
+    bystander.connect(&net.path("other.sock"));
+    bystander.fresh_inflight_region();
+    bystander.start();
+    for _ in 0..3 {
+        guest.run(20, 16);
+        guest.fill(16);
+        host.forget();
+        guest.take_memory_away();
+        guest.kick(0);
+        // Reads and writes on their way end one way or the other; the VMM's connection ends in any case.
+        wait_for(&mut host, &mut other, "Vmm { connected: false");
+        bystander.run(100, 8);
+        guest.start_in_new_memory(&net.path("vmm-0.sock"));
+    }
+    guest.run(100, 16);
+    guest.verify();
+    bystander.verify();
+}

@@ -444,6 +444,21 @@ impl Guest {
         self.kick(queue);
     }
 
+    /// Cuts the file of the VM's memory to nothing. Only [`Guest::kick`] and [`Guest::disconnect`] work then.
+    pub fn take_memory_away(&self) {
+        self.memory.cut();
+    }
+
+    /// The VM starts again, in new memory.
+    pub fn start_in_new_memory(&mut self, socket: &Path) {
+        self.disconnect();
+        self.memory = Memory::new(self.memory.len());
+        self.reset();
+        self.connect(socket);
+        self.fresh_inflight_region();
+        self.start();
+    }
+
     /// Memory that this driver does not use.
     pub fn scratch(&self) -> usize {
         MEMORY - (1 << 20)

@@ -7,6 +7,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use rustix::fs::{FileType, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+use crate::guard::Guard;
+
 /// `f_type` of hugetlbfs, whose mappings begin and end at huge pages.
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 /// The page size if the host does not say.
@@ -33,6 +35,8 @@ pub(crate) enum MapError {
 ///
 /// The other side may change the content at any time: only raw copies and atomics may touch it.
 pub(crate) struct Mapping {
+    /// Ends before the mapping does.
+    guard: Option<Guard>,
     /// Where mmap put the first page.
     start: *mut u8,
     /// Bytes mapped, whole pages.
@@ -91,7 +95,8 @@ impl Mapping {
         let skip = (offset - first) as usize;
         // SAFETY: `skip + len <= mapped`, as `first + skip + len == end`.
         let base = unsafe { start.add(skip) };
-        Ok(Self { start, mapped, base, len: len as usize })
+        let guard = Some(Guard::new(start, mapped, page as usize));
+        Ok(Self { guard, start, mapped, base, len: len as usize })
     }
 
     /// The first byte.
@@ -109,18 +114,19 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        self.guard = None;
         // SAFETY: `start` and `mapped` are what mmap was called with, and nobody holds an address into it without
         // holding this value.
         let _ = unsafe { rustix::mm::munmap(self.start.cast(), self.mapped) };
     }
 }
 
-/// A file cut short under a mapping would kill us with SIGBUS. Memory files can be sealed against that; where it is
-/// not possible (a file on disk, sealing not allowed) the VMM is trusted not to shrink its guest's memory.
+/// Memory files can be sealed against being cut short under their mappings. Where that is not possible (a file on disk,
+/// sealing not allowed) the guard keeps us alive, but the VM loses its device.
 fn keep_from_shrinking(fd: BorrowedFd<'_>) {
     let sealed = rustix::fs::fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
     if !sealed && let Err(error) = rustix::fs::fcntl_add_seals(fd, SealFlags::SHRINK) {
-        tracing::debug!(%error, "a shared file cannot be sealed against shrinking; the VMM is trusted with it");
+        tracing::debug!(%error, "a shared file cannot be sealed against shrinking");
     }
 }
 

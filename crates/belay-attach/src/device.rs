@@ -100,6 +100,8 @@ pub(crate) struct Device {
     /// Reads of the guest that an exchange had begun here when it was cut over, by step.
     pub(crate) late_reads: HashMap<u64, usize>,
     pub(crate) retired: bool,
+    /// It has to be told that it is retired, when nothing is in flight any more.
+    retiring: bool,
     pub(crate) counters: Counters,
     /// Connections whose turn ended before their data did.
     pub(crate) more_to_read: Vec<u64>,
@@ -157,6 +159,7 @@ impl Device {
             last_exchange: None,
             late_reads: HashMap::new(),
             retired: false,
+            retiring: false,
             counters: Counters::new(),
             more_to_read: Vec::new(),
             vmm_readable_later: false,
@@ -537,19 +540,35 @@ impl Device {
         }
     }
 
-    /// The backing has left this host: nothing is served any more, the file is closed.
+    /// The backing has left this host: nothing is served any more. When what runs has ended, the file is closed.
     fn retire(&mut self) {
         self.retired = true;
-        let sessions: Vec<usize> = self.server.sessions.iter().map(|(key, _)| key).collect();
-        for key in sessions {
-            self.server.sessions.remove(key);
+        self.server.sessions.clear();
+        self.server.drop_held();
+        let ops: Vec<OpId> = self.server.op_ids().collect();
+        if let Some(local) = &mut self.local {
+            ops.into_iter().for_each(|op| local.cancel(op));
         }
-        self.local = None;
-        self.notice(Notice::Retired);
+        self.retiring = true;
+        self.finish_retiring();
+    }
+
+    /// Closes the file of a device that has left, when nothing is in flight there: its lock is free then, and no write
+    /// can come any more.
+    fn finish_retiring(&mut self) {
+        if self.retiring && self.local.as_ref().is_none_or(|local| local.in_flight() == 0) {
+            self.retiring = false;
+            self.local = None;
+            self.notice(Notice::Retired);
+        }
     }
 
     fn resize(&mut self, size: u64) {
         let result = match &mut self.local {
+            _ if !size.is_multiple_of(u64::from(self.block.block_bytes)) => Err(format!(
+                "the device has blocks of {} bytes: give a multiple of that",
+                self.block.block_bytes
+            )),
             Some(local) => local.resize(size).map_err(|error| error.to_string()),
             None => Err("the device's backing is not on this host".to_owned()),
         };
@@ -612,6 +631,7 @@ impl Device {
             any = true;
             self.on_op_done(done.op, done.status);
         }
+        self.finish_retiring();
         any
     }
 

@@ -114,6 +114,11 @@ fn status_of(outcome: Outcome) -> Status {
     }
 }
 
+/// A discard may leave anything behind; here both sides must read the same.
+fn both_alike(kind: OpKind) -> OpKind {
+    if kind == OpKind::Discard { OpKind::WriteZeroes { unmap: true } } else { kind }
+}
+
 fn guest_kind(kind: OpKind) -> GuestKind {
     match kind {
         OpKind::Read => GuestKind::Read,
@@ -317,7 +322,7 @@ impl Device {
     fn change_remote(&mut self, step: StepId, op: OpId) {
         let Some(request) = self.requests.get(op.0 as usize) else { return };
         // Under the request's own number: whoever takes the guest over knows it by that one.
-        let (kind, offset, len, txid) = (request.kind, request.offset, request.len, request.txid);
+        let (kind, offset, len, txid) = (both_alike(request.kind), request.offset, request.len, request.txid);
         let mut copy = Buf::default();
         if kind == OpKind::Write {
             copy = self.buffers.take(len as usize);
@@ -335,8 +340,7 @@ impl Device {
         let (kind, at) = (request.kind, request.offset);
         let copy = self.exchange.as_ref().and_then(|exchange| exchange.changes.get(&op.0));
         let buf = copy.map_or_else(Buf::default, |copy| copy.part((offset - at) as usize, len as usize));
-        // A discard may leave anything behind; here both sides must read the same.
-        let kind = if kind == OpKind::Discard { OpKind::WriteZeroes { unmap: true } } else { kind };
+        let kind = both_alike(kind);
         self.local_step(step, kind, offset, len, buf);
     }
 

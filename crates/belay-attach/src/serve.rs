@@ -134,6 +134,14 @@ impl Server {
         self.held.len() != before
     }
 
+    /// Forgets every operation that has not been given to the backend.
+    pub(crate) fn drop_held(&mut self) {
+        self.held.clear();
+        for (_, op) in &mut self.ops {
+            op.held = None;
+        }
+    }
+
     /// Operations at the backend on a peer's behalf.
     pub(crate) fn op_ids(&self) -> impl Iterator<Item = OpId> + '_ {
         self.ops.iter().map(|(slot, _)| OpId(SERVER_OP | slot as u64))

@@ -198,3 +198,37 @@ fn memory_that_is_cut_short_costs_its_vm_the_device_and_nobody_anything_else() {
     guest.verify();
     bystander.verify();
 }
+
+#[test]
+fn file_of_a_device_that_has_left_is_free_when_that_is_told() {
+    let net = Net::new();
+    for round in 0..8 {
+        let id = identity(2, SIZE);
+        let mut a = Host::new(&net, &id, 1, Role::Local);
+        let spec = net.image(&format!("{round}.img"), SIZE);
+        a.backend(&spec);
+        a.listen(&net.path("vmm-0.sock"));
+        let mut guest = Guest::new(2, BLOCKS, round);
+        guest.connect(&net.path("vmm-0.sock"));
+        guest.fresh_inflight_region();
+        guest.start();
+        let mut b = Host::new(&net, &id, 1, Role::Successor { from: "peer".into() });
+        b.peer(&a);
+        a.handle.send(Command::Offer { to: "peer".into() });
+        wait_for(&mut b, &mut a, "Prepared");
+        b.listen(&net.path("vmm-1.sock"));
+        guest.stop();
+        guest.migrate_to(&net.path("vmm-1.sock"));
+        wait_for(&mut b, &mut a, "Attached");
+        guest.run(50, 32);
+        guest.fill(32);
+        // In the middle of its guest's requests.
+        a.handle.send(Command::Retire);
+        wait_for(&mut a, &mut b, "Retired");
+        if let Err(error) = spec.build(belay_attach::BACKEND_OWNER) {
+            panic!("round {round}: {error}");
+        }
+        a.kill();
+        b.kill();
+    }
+}

@@ -538,7 +538,17 @@ impl Agent {
             backend.build(BACKEND_OWNER).map_err(|error| self.why_not_opened(&identity.name, &error))?;
         let belay_wire::device::DeviceClass::Block(geometry) = &mut identity.class;
         geometry.size_bytes = opened.info().size_bytes;
+        opened
+            .info()
+            .check_blocks(geometry.block_bytes)
+            .map_err(|error| AgentError::usage(format!("device {}: {error}", identity.name)))?;
         drop(opened);
+        if !geometry.size_bytes.is_multiple_of(u64::from(geometry.block_bytes)) {
+            let (size, block) = (geometry.size_bytes, geometry.block_bytes);
+            let what =
+                format!("device {}: {size} bytes are no whole number of blocks of {block}", identity.name);
+            return Err(AgentError::usage(what));
+        }
         let name = identity.name.clone();
         let record = DeviceRecord {
             schema: SCHEMA,
@@ -740,6 +750,8 @@ pub(crate) async fn open_when_free(
     device: &Managed,
     spec: &BackendSpec,
 ) -> Result<Box<dyn belay_block::Backend>, AgentError> {
+    let belay_wire::device::DeviceClass::Block(belay_wire::device::BlockGeometry { block_bytes, .. }) =
+        device.identity().class;
     let began = std::time::Instant::now();
     loop {
         match spec.build(BACKEND_OWNER) {
@@ -752,6 +764,8 @@ pub(crate) async fn open_when_free(
             }
             Err(error) => return Err(AgentError::failed(error.to_string())),
             Ok(backend) => {
+                let checked = backend.info().check_blocks(block_bytes);
+                checked.map_err(|error| AgentError::failed(error.to_string()))?;
                 device.set_trouble(None);
                 return Ok(backend);
             }

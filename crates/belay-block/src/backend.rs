@@ -5,14 +5,15 @@ use std::time::Instant;
 use belay_reactor::{Cqe, Ring};
 
 use crate::op::{Op, OpId, Status};
+use crate::open::OpenError;
 
 /// What a backend is, and what it can do. Constant while it is open, but for `size_bytes`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackendInfo {
     /// Capacity in bytes; a multiple of 512.
     pub size_bytes: u64,
-    /// The unit that is fastest and is never torn, in bytes (512 or 4096): announced to the guest as its
-    /// logical block size only if the configuration says so.
+    /// The smallest unit of offsets and lengths that it takes, in bytes (512, or more for a disk of larger sectors that is
+    /// opened past the page cache). The guest's logical blocks must not be smaller: [`BackendInfo::check_blocks`].
     pub block_bytes: u32,
     /// The alignment of memory and offsets below which the backend has to bounce, in bytes; 1 if it never has to.
     pub memory_align: u32,
@@ -22,6 +23,17 @@ pub struct BackendInfo {
     pub discard: bool,
     /// Write-zeroes is executed.
     pub write_zeroes: bool,
+}
+
+impl BackendInfo {
+    /// Whether it can be the disk of a guest that was told this logical block size, in bytes.
+    ///
+    /// # Errors
+    /// The guest's blocks are smaller than it takes.
+    pub fn check_blocks(&self, block_bytes: u32) -> Result<(), OpenError> {
+        let needs = self.block_bytes;
+        if block_bytes < needs { Err(OpenError::Blocks { block_bytes, needs }) } else { Ok(()) }
+    }
 }
 
 /// The end of an operation.

@@ -22,7 +22,8 @@ pub enum OpKind {
     Write,
     /// Everything acknowledged before this was submitted becomes durable. `offset` and `len` are 0.
     Flush,
-    /// The range's content is no longer needed; it may read as anything afterwards (our backends: as zeroes).
+    /// The range's content is no longer needed: it reads as zeroes afterwards, or as before where space cannot be given
+    /// back.
     Discard,
     /// The range reads as zeroes afterwards. `unmap`: space may be given back.
     WriteZeroes {

@@ -65,6 +65,17 @@ pub enum OpenError {
         /// Its size.
         size_bytes: u64,
     },
+    /// It cannot be the disk of a guest with such blocks.
+    #[error(
+        "the disk takes blocks of {needs} bytes past the page cache, the device has blocks of {block_bytes}: give a new \
+         device `--block-size {needs}`, or go through the page cache (`--buffered`)"
+    )]
+    Blocks {
+        /// The guest's logical block size, in bytes.
+        block_bytes: u32,
+        /// The smallest that the disk takes past the page cache, in bytes.
+        needs: u32,
+    },
     /// Another process has it.
     #[error("{path} is in use: another process holds a lock on it", path = .path.display())]
     Locked {
@@ -147,7 +158,7 @@ pub(crate) struct Alignment {
 }
 
 /// What O_DIRECT on this file wants: what the kernel says (`STATX_DIOALIGN`, Linux 6.1), else the device's block
-/// size, else 512.
+/// size, or what a file is found to take.
 pub(crate) fn required_alignment(file: &File, is_block_device: bool) -> Alignment {
     let flags = rustix::fs::AtFlags::EMPTY_PATH;
     if let Ok(stat) = rustix::fs::statx(file, "", flags, rustix::fs::StatxFlags::DIOALIGN) {
@@ -159,16 +170,29 @@ pub(crate) fn required_alignment(file: &File, is_block_device: bool) -> Alignmen
             };
         }
     }
+    if !is_block_device {
+        let block = probe(file);
+        return Alignment { memory: block, block };
+    }
     let mut bytes: libc::c_int = 0;
-    if is_block_device {
-        // SAFETY: BLKSSZGET writes one int to the address.
-        let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::BLKSSZGET, &raw mut bytes) };
-        if result != 0 {
-            bytes = 0;
-        }
+    // SAFETY: BLKSSZGET writes one int to the address.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::BLKSSZGET, &raw mut bytes) };
+    if result != 0 {
+        bytes = 0;
     }
     let block = u32::try_from(bytes).unwrap_or(0).max(SECTOR as u32);
     Alignment { memory: block, block }
+}
+
+/// The smallest block that a file takes past the page cache, by trying to read one at an offset of 512.
+fn probe(file: &File) -> u32 {
+    use std::os::unix::fs::FileExt;
+    let mut bytes = vec![0u8; 3 * 4096];
+    let skip = bytes.as_ptr().align_offset(4096);
+    match file.read_at(&mut bytes[skip..skip + SECTOR as usize], SECTOR) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => 4096,
+        _ => SECTOR as u32,
+    }
 }
 
 /// Bytes free for an ordinary user on the file system of `path`.

@@ -13,6 +13,7 @@ mod handover;
 mod home;
 mod open;
 mod parked;
+mod parts;
 mod port;
 mod requests;
 mod serve;

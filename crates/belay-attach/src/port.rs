@@ -8,14 +8,21 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::time::Instant;
 
+use belay_block::virtio::{self, Request, RequestKind};
 use belay_block::{IoVec, OpKind, Status};
 use belay_vhost_user::{Chain, Connection, Event, Marked, Offer, Ring, RingError};
 use belay_wire::{ListedRequest, TxId};
 
 use crate::device::{Device, KICK, LISTENER, Serving, VMM};
 use crate::handle::Notice;
+use crate::parts::parts_of;
 use crate::requests::GuestRequest;
+use crate::serve::MAX_REQUEST_BYTES;
 use crate::stats::{monotonic_ns, since};
+
+/// Bytes of data of a guest's requests in flight above which no more are taken, until some have ended: each may need
+/// as much memory of ours.
+const MAX_BYTES_IN_FLIGHT: u64 = 256 << 20;
 
 /// A ring as this device sees it; the ring itself lives in the connection.
 #[derive(Clone, Debug, Default)]
@@ -386,9 +393,10 @@ impl Device {
     /// - Marks in a region that this process has not used yet are requests of an earlier process, and go on.
     fn start_ring(&mut self, index: u16, start: Start, resumed: Option<u16>, marked: &[Marked]) {
         let parked = self.requests.of_queue(index);
-        let Some(queue) = self.port.queue(index) else { return };
         let outstanding = usize::from(start.base.wrapping_sub(start.used));
-        if resumed == Some(start.base) && outstanding == parked.len() + queue.lost.len() {
+        let heads = self.requests.heads(index);
+        let Some(queue) = self.port.queue(index) else { return };
+        if resumed == Some(start.base) && outstanding == heads + queue.lost.len() {
             self.run_ring(index, start.base);
             for key in parked {
                 self.finish_parked(key);
@@ -440,7 +448,12 @@ impl Device {
         if let Some(ring) = self.port.ring(index) {
             ring.mark(head, txid.0);
         }
-        if let Some(queue) = self.port.queue(index) {
+        for key in self.requests.of_head(index, head) {
+            self.requests.orphan_one(key);
+        }
+        if let Some(queue) = self.port.queue(index)
+            && queue.lost.iter().all(|(lost, _)| *lost != head)
+        {
             queue.lost.push((head, txid));
         }
     }
@@ -449,9 +462,12 @@ impl Device {
     pub(crate) fn adopt(&mut self, index: u16, listed: &ListedRequest) -> Result<usize, String> {
         let ring = self.port.ring(index).ok_or("the ring is gone")?;
         let chain = ring.chain_at(listed.head.0).map_err(|error| error.to_string())?;
-        let request = self
-            .parse(index, chain, Some(listed.txid))
-            .map_err(|_| "a listed request is not one".to_owned())?;
+        let (whole, kind) =
+            self.parse(index, &chain).map_err(|_| "a listed request is not one".to_owned())?;
+        let parts = parts_of(kind, whole.len);
+        let skip = listed.offset.saturating_sub(whole.offset) / MAX_REQUEST_BYTES;
+        let part = u16::try_from(skip).unwrap_or(u16::MAX).min(parts - 1);
+        let request = GuestRequest::part(&whole, kind, (part, parts), listed.txid, (index, chain), self.now);
         if crate::requests::wire_kind(request.kind) != listed.kind
             || request.offset != listed.offset
             || request.len != listed.len
@@ -467,10 +483,10 @@ impl Device {
                 listed.offset
             ));
         }
-        let (head, txid) = (request.head, request.txid);
+        let (head, tag) = (request.head, request.tag());
         let key = self.requests.insert(request);
         if let Some(ring) = self.port.ring(index) {
-            ring.mark(head, txid.0);
+            ring.mark(head, tag);
         }
         Ok(key)
     }
@@ -549,8 +565,15 @@ impl Device {
     fn serve_ring(&mut self, index: u16) -> usize {
         let mut begun = 0;
         loop {
+            let full = self.requests.bytes() >= MAX_BYTES_IN_FLIGHT;
             let Some(ring) = self.port.ring(index) else { return begun };
             if !ring.is_enabled() {
+                return begun;
+            }
+            if full {
+                if let Some(queue) = self.port.queue(index) {
+                    queue.kicked = true;
+                }
                 return begun;
             }
             match ring.pop() {
@@ -579,6 +602,7 @@ impl Device {
     /// came meanwhile.
     pub(crate) fn enable_notifications(&mut self) -> bool {
         let mut more = false;
+        let full = self.requests.bytes() >= MAX_BYTES_IN_FLIGHT;
         for index in 0..self.port.queues.len() as u16 {
             if self.port.queues[usize::from(index)].running
                 && !self.port.queues[usize::from(index)].broken
@@ -586,7 +610,7 @@ impl Device {
                 && ring.is_enabled()
             {
                 ring.remind();
-                if ring.enable_notifications() {
+                if ring.enable_notifications() && !full {
                     self.port.queues[usize::from(index)].kicked = true;
                     more = true;
                 }
@@ -614,7 +638,7 @@ impl Device {
     /// Answers a request that cannot be read, wherever its status is. Where there is none the ring is broken.
     fn reject(&mut self, index: u16, head: u16) {
         let Some(ring) = self.port.ring(index) else { return };
-        let rejected = ring.reject(head, belay_block::virtio::STATUS_IO_ERROR);
+        let rejected = ring.reject(head, virtio::STATUS_IO_ERROR);
         let in_flight = ring.is_in_flight(head);
         let txid = if in_flight { self.draw_txid() } else { TxId(0) };
         let Some(queue) = self.port.queue(index) else { return };
@@ -639,27 +663,35 @@ impl Device {
         }
     }
 
-    /// Begins a request that was popped, or found again (`txid`: under the number it had).
+    /// Begins a request that was popped, or found again (`txid`: under the number that was marked for it).
     fn begin(&mut self, index: u16, chain: Chain, txid: Option<TxId>) {
         let head = chain.head;
-        match self.parse(index, chain, txid) {
-            Ok(request) => {
-                let tag = request.txid.0;
-                let key = self.requests.insert(request);
-                if let Some(ring) = self.port.ring(index) {
-                    ring.mark(head, tag);
-                }
-                self.submit_guest(key);
-            }
-            Err(0) => self.reject(index, head),
-            Err(written) => self.give_back(index, head, written),
+        let (request, kind) = match self.parse(index, &chain) {
+            Ok(request) => request,
+            Err(0) => return self.reject(index, head),
+            Err(written) => return self.give_back(index, head, written),
+        };
+        let parts = parts_of(kind, request.len);
+        let first = self.numbers_of_parts(parts, txid);
+        let part = |part: u16, chain: Chain, born| {
+            let txid = TxId(first.0 + u64::from(part));
+            GuestRequest::part(&request, kind, (part, parts), txid, (index, chain), born)
+        };
+        let whole = part(0, chain, self.now);
+        if let Some(ring) = self.port.ring(index) {
+            ring.mark(head, whole.tag());
         }
+        let more: Vec<GuestRequest> = (1..parts).map(|i| part(i, whole.chain.clone(), self.now)).collect();
+        // All are in the table before the first can end.
+        let key = self.requests.insert(whole);
+        let keys: Vec<usize> = more.into_iter().map(|part| self.requests.insert(part)).collect();
+        self.submit_guest(key);
+        keys.into_iter().for_each(|key| self.submit_guest(key));
     }
 
     /// Reads a request out of its chain. `Err`: it has been answered already, with so many bytes written; 0: it has no
     /// place for an answer.
-    fn parse(&mut self, index: u16, chain: Chain, txid: Option<TxId>) -> Result<GuestRequest, u32> {
-        use belay_block::virtio::{self, RequestKind};
+    fn parse(&mut self, index: u16, chain: &Chain) -> Result<(Request, OpKind), u32> {
         let readable: smallvec::SmallVec<[IoVec; 4]> =
             chain.readable.iter().map(|p| IoVec { base: p.base, len: p.len }).collect();
         let writable: smallvec::SmallVec<[IoVec; 4]> =
@@ -670,33 +702,16 @@ impl Device {
             Ok(request) => request,
             Err(bad) => {
                 self.counters.bad_requests += 1;
-                return Err(self.answer(index, &chain, bad.written()));
+                return Err(self.answer(index, chain, bad.written()));
             }
         };
-        let kind = match request.kind {
-            RequestKind::Op(kind) => kind,
+        match request.kind {
+            RequestKind::Op(kind) => Ok((request, kind)),
             RequestKind::GetId => {
                 let written = request.answer_id(&self.serial);
-                return Err(self.answer(index, &chain, written));
+                Err(self.answer(index, chain, written))
             }
-        };
-        let txid = txid.unwrap_or_else(|| self.draw_txid());
-        Ok(GuestRequest {
-            queue: index,
-            head: chain.head,
-            txid,
-            kind,
-            offset: request.offset,
-            len: request.len,
-            data: request.data,
-            status_at: request.status,
-            chain,
-            landing: None,
-            reading: false,
-            born: self.now,
-            done: None,
-            orphan: false,
-        })
+        }
     }
 
     fn answer(&mut self, index: u16, chain: &Chain, written: u32) -> u32 {
@@ -732,13 +747,9 @@ impl Device {
         }
     }
 
-    /// Completes a request that has ended to the guest, if it has ended.
+    /// Completes a request to the guest, if it has ended.
     fn finish_parked(&mut self, key: usize) {
-        let Some(status) = self.requests.get(key).and_then(|request| request.done) else { return };
-        let Some(request) = self.requests.remove(key) else { return };
-        if let Some(landing) = request.landing.as_ref().filter(|_| status == Status::Ok) {
-            request.data.copy_from_buf(0, landing);
-        }
+        let Some((request, status)) = self.take_ended(key) else { return };
         let written = request.status_at.complete(status, request.kind, request.len);
         let ok = status == Status::Ok;
         self.counters.completed(since(self.now, request.born), ok);

@@ -34,6 +34,10 @@ pub(crate) struct GuestRequest {
     /// Where the status byte goes.
     pub(crate) status_at: belay_block::StatusByte,
     pub(crate) chain: Chain,
+    /// Which part of its chain's request it is, from 0; see `parts.rs`.
+    pub(crate) part: u16,
+    /// Of how many.
+    pub(crate) parts: u16,
     pub(crate) born: Instant,
     /// How it ended, while its ring does not run.
     pub(crate) done: Option<Status>,
@@ -46,10 +50,13 @@ pub(crate) struct GuestRequest {
 pub(crate) struct Requests {
     slots: Slab<GuestRequest>,
     orphans: usize,
+    /// Data of all of them.
+    bytes: u64,
 }
 
 impl Requests {
     pub(crate) fn insert(&mut self, request: GuestRequest) -> usize {
+        self.bytes += request.data.len() as u64;
         self.slots.insert(request)
     }
 
@@ -63,10 +70,16 @@ impl Requests {
 
     pub(crate) fn remove(&mut self, key: usize) -> Option<GuestRequest> {
         let request = self.slots.try_remove(key)?;
+        self.bytes -= request.data.len() as u64;
         if request.orphan {
             self.orphans -= 1;
         }
         Some(request)
+    }
+
+    /// Bytes of their data, whether the guest still knows of them or not.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// Requests that the guest still knows of.
@@ -87,6 +100,17 @@ impl Requests {
     /// Keys of the live requests of a queue, in the order in which they came.
     pub(crate) fn of_queue(&self, queue: u16) -> Vec<usize> {
         self.keys(|request| request.queue == queue)
+    }
+
+    /// How many of a queue's heads have live requests.
+    pub(crate) fn heads(&self, queue: u16) -> usize {
+        let first = |request: &GuestRequest| !request.orphan && request.queue == queue && request.part == 0;
+        self.slots.iter().filter(|(_, request)| first(request)).count()
+    }
+
+    /// Keys of a head's live requests, in the order of their parts.
+    pub(crate) fn of_head(&self, queue: u16, head: u16) -> Vec<usize> {
+        self.keys(|request| request.queue == queue && request.head == head)
     }
 
     /// Keys of all live requests, in the order in which they came.
@@ -112,7 +136,7 @@ impl Requests {
         let mut running = Vec::new();
         for key in keys {
             if self.slots[key].done.is_some() {
-                self.slots.remove(key);
+                self.remove(key);
             } else {
                 self.slots[key].orphan = true;
                 self.orphans += 1;

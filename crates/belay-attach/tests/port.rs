@@ -232,3 +232,100 @@ fn file_of_a_device_that_has_left_is_free_when_that_is_told() {
         b.kill();
     }
 }
+
+/// A request's length that is no number of whole parts, and where its data is.
+const LONG: usize = (5 << 20) + 1536;
+const FROM: u64 = 16 << 20;
+const TO: u64 = 32 << 20;
+
+/// Writes (or reads) LONG bytes from a sector on, in one request.
+fn offer_long(guest: &mut Guest, write: bool, sector: u64) {
+    let at = guest.scratch() as u64;
+    let mut header = [0; 16];
+    header[0] = u8::from(write);
+    header[8..].copy_from_slice(&sector.to_le_bytes());
+    guest.poke(at as usize, &header);
+    guest.poke(at as usize + 0x100, &[0xff]);
+    let data = if write { (FROM, LONG as u32, NEXT) } else { (TO, LONG as u32, NEXT | WRITE) };
+    guest.offer_raw(0, &[(at, 16, NEXT), data, (at + 0x100, 1, WRITE)]);
+}
+
+/// Waits for the end of a long request, which must be the only raw one.
+fn end_long(guest: &mut Guest, write: bool) {
+    guest.wait_raw(1);
+    let written = if write { 1 } else { LONG as u32 + 1 };
+    let [(0, 120, length)] = guest.raw[..] else { panic!("{:?}", guest.raw) };
+    assert_eq!((length, guest.peek(guest.scratch() + 0x100)), (written, 0));
+    guest.raw.clear();
+}
+
+fn fill_long(guest: &Guest, seed: u8) -> Vec<u8> {
+    let bytes: Vec<u8> =
+        (0..LONG as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8 ^ seed).collect();
+    guest.poke(FROM as usize, &bytes);
+    guest.poke(TO as usize, &vec![0; LONG]);
+    bytes
+}
+
+#[test]
+fn request_longer_than_a_frame_is_served_here_and_from_afar_and_moves_and_survives() {
+    let net = Net::new();
+    let (id, mut a, mut guest) = start(&net, 2, 3000, 9);
+    let bytes = fill_long(&guest, 1);
+    offer_long(&mut guest, true, 1);
+    end_long(&mut guest, true);
+    offer_long(&mut guest, false, 1);
+    // Parked, and gone on with.
+    guest.stop();
+    guest.start();
+    end_long(&mut guest, false);
+    assert!(guest.peek_all(TO as usize, LONG) == bytes, "what was read is not what was written");
+
+    // In flight while its guest moves: written there, then read back from afar.
+    let mut b = Host::new(&net, &id, 1, Role::Successor { from: "peer".into() });
+    b.peer(&a);
+    a.handle.send(Command::Offer { to: "peer".into() });
+    wait_for(&mut b, &mut a, "Prepared");
+    b.listen(&net.path("vmm-1.sock"));
+    let bytes = fill_long(&guest, 2);
+    offer_long(&mut guest, true, 8);
+    while a.snapshot().in_flight == 0 && guest.raw.is_empty() {
+        guest.reap();
+    }
+    guest.stop();
+    guest.migrate_to(&net.path("vmm-1.sock"));
+    wait_for(&mut b, &mut a, "Attached");
+    end_long(&mut guest, true);
+    offer_long(&mut guest, false, 8);
+    guest.stop();
+    guest.start();
+    end_long(&mut guest, false);
+    assert!(guest.peek_all(TO as usize, LONG) == bytes, "what was read afar is not what was written");
+
+    // In flight when the agent dies; the in-flight region has one number for all parts.
+    let epoch = b.snapshot().epoch;
+    let bytes = fill_long(&guest, 3);
+    for write in [true, false] {
+        offer_long(&mut guest, write, 3);
+        b.kill();
+        guest.lose_connection();
+        b = Host::new(&net, &id, epoch, Role::Remote { backing: "peer".into() });
+        b.peer(&a);
+        b.listen(&net.path("vmm-1.sock"));
+        guest.connect(&net.path("vmm-1.sock"));
+        guest.start();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        while guest.raw.is_empty() {
+            assert!(std::time::Instant::now() < deadline, "the request did not end");
+            guest.reap();
+            b.pump();
+            a.pump();
+            std::thread::yield_now();
+        }
+        end_long(&mut guest, write);
+    }
+    assert!(
+        guest.peek_all(TO as usize, LONG) == bytes,
+        "what was read after the kills is not what was written"
+    );
+}

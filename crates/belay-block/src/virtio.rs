@@ -19,8 +19,9 @@ use crate::op::{Buf, IoVec, OpKind, Status};
 pub const SECTOR_BYTES: u64 = 512;
 /// Data segments of one request that the guest may use: with its own two descriptors this fits QEMU's rings.
 pub const SEG_MAX: u32 = 126;
-/// Bytes of one request that are executed; what a data connection carries in one frame.
-pub const MAX_DATA_BYTES: u64 = 4 << 20;
+/// Bytes of one request that are executed. A guest is told no limit for the length of a segment (that would be one more
+/// feature bit, and a guest that has it could not move to a build without); none sends as much on its own.
+pub const MAX_DATA_BYTES: u64 = 64 << 20;
 /// Sectors that one discard or write-zeroes may cover (2 GiB).
 pub const MAX_RANGE_SECTORS: u32 = 1 << 22;
 /// Bytes of the answer to GET_ID.

@@ -469,6 +469,12 @@ impl Guest {
         self.memory.put(at, bytes);
     }
 
+    /// So many bytes of the guest's memory from this address on.
+    #[must_use]
+    pub fn peek_all(&self, at: usize, len: usize) -> Vec<u8> {
+        (at..at + len).step_by(512).flat_map(|at| self.memory.get::<512>(at)).collect()
+    }
+
     /// The byte of the guest's memory at this address.
     #[must_use]
     pub fn peek(&self, at: usize) -> u8 {

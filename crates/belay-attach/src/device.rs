@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use belay_block::virtio::{BlockConfig, Limits};
-use belay_block::{Backend, BufferPool, Op, OpId, OpKind, Status};
+use belay_block::{Backend, Buf, BufferPool, Op, OpId, OpKind, Status};
 use belay_reactor::{Cqe, OwnerId, Ring, Token, Waker};
 use belay_wire::control::Channel;
 use belay_wire::{DeviceIdentity, Epoch, FrameKind, Header, TxId};
@@ -588,12 +588,21 @@ impl Device {
     /// Gives a guest request to whatever executes the guest's requests now.
     pub(crate) fn submit_guest(&mut self, key: usize) {
         let Some(request) = self.requests.get(key) else { return };
-        let (kind, offset, len, txid) = (request.kind, request.offset, request.len, request.txid);
-        let buf = if kind == OpKind::Read { request.target().clone() } else { request.data.clone() };
+        let ((kind, offset, len), mut txid) = (request.work(), request.txid);
+        let buf = match kind {
+            OpKind::Read => request.target().clone(),
+            OpKind::Write => request.data.clone(),
+            _ => Buf::default(),
+        };
+        let flushing = request.flushing;
         if self.exchange.is_some() {
             self.exchange_guest(key);
         } else if self.client.is_some() {
             let owner = RemoteOwner::Guest(key);
+            if flushing {
+                // Its own number is known there as that of a change that is done.
+                txid = self.draw_txid();
+            }
             self.submit_remote(txid, RemoteRequest::new(RemoteKind::Op(kind), offset, len, buf, owner));
         } else if let Some(local) = &mut self.local {
             if kind == OpKind::Read {

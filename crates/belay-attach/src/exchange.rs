@@ -149,7 +149,8 @@ impl Device {
         let mut pull = Pull::new(config, map);
         // Orphans too: the guest has forgotten them, but they change the old backing all the same.
         for (key, request) in self.requests.everything().filter(|(_, request)| request.done.is_none()) {
-            pull.elder(OpId(key as u64), guest_kind(request.kind), request.offset, request.len);
+            let (kind, offset, len) = request.work();
+            pull.elder(OpId(key as u64), guest_kind(kind), offset, len);
         }
         self.exchange = Some(Box::new(Exchange {
             pull,
@@ -218,8 +219,8 @@ impl Device {
     /// A request of the guest, while there is an exchange.
     pub(crate) fn exchange_guest(&mut self, key: usize) {
         let Some(request) = self.requests.get(key) else { return };
-        let kind = guest_kind(request.kind);
-        let (offset, len) = (request.offset, request.len);
+        let (kind, offset, len) = request.work();
+        let kind = guest_kind(kind);
         self.pull(|pull, _, out| pull.guest(OpId(key as u64), kind, offset, len, out));
     }
 

@@ -55,6 +55,7 @@ impl GuestRequest {
             landing: None,
             reading: false,
             born,
+            flushing: false,
             done: None,
             orphan: false,
         }

@@ -116,6 +116,11 @@ impl Port {
         })
     }
 
+    /// Whether the guest relies on every change that was completed: it did not take the flush that it was offered.
+    fn writes_through(&self) -> bool {
+        self.connection.as_ref().is_some_and(|vmm| vmm.features() & virtio::FEATURE_FLUSH == 0)
+    }
+
     fn started(&self) -> bool {
         self.queues.iter().any(|queue| queue.running || queue.waiting.is_some())
     }
@@ -734,6 +739,16 @@ impl Device {
             return;
         }
         let index = request.queue;
+        let changed = status == Status::Ok && request.kind.changes_content() && !request.flushing;
+        if changed && self.serving() == Serving::Guest && self.port.writes_through() {
+            self.elder_ended(txid);
+            if let Some(request) = self.requests.get_mut(key) {
+                request.flushing = true;
+            }
+            self.submit_guest(key);
+            return;
+        }
+        let Some(request) = self.requests.get_mut(key) else { return };
         request.done = Some(status);
         request.reading = false;
         self.answer_stop();

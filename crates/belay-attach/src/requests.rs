@@ -39,6 +39,8 @@ pub(crate) struct GuestRequest {
     /// Of how many.
     pub(crate) parts: u16,
     pub(crate) born: Instant,
+    /// It is done, and now made durable: its guest does not flush (see [`GuestRequest::work`]).
+    pub(crate) flushing: bool,
     /// How it ended, while its ring does not run.
     pub(crate) done: Option<Status>,
     /// The guest has forgotten it (reset, VMM gone): its end is nobody's business.
@@ -178,6 +180,16 @@ impl Requests {
 }
 
 impl GuestRequest {
+    /// What is to be executed now: kind, offset, length.
+    ///
+    /// A guest that was offered VIRTIO_BLK_F_FLUSH and did not take it relies on every change that was completed
+    /// (virtio 1.2, 5.2.6.2): each is followed by a flush, and completed after that. To everybody else it stays the
+    /// request that it is. Whoever takes it over, or finds it in the in-flight region, hears that the change is done,
+    /// and flushes itself.
+    pub(crate) fn work(&self) -> (OpKind, u64, u64) {
+        if self.flushing { (OpKind::Flush, 0, 0) } else { (self.kind, self.offset, self.len) }
+    }
+
     /// Where data that is read goes now.
     pub(crate) fn target(&self) -> &Buf {
         self.landing.as_ref().unwrap_or(&self.data)

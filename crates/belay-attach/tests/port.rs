@@ -329,3 +329,118 @@ fn request_longer_than_a_frame_is_served_here_and_from_afar_and_moves_and_surviv
         "what was read after the kills is not what was written"
     );
 }
+
+/// VIRTIO_BLK_F_FLUSH.
+const FLUSH: u64 = 1 << 9;
+
+/// The status of a write, of a read, and of a discard, as a guest that takes a flush and one that does not get it from a
+/// disk whose flushes fail.
+#[test]
+fn write_of_a_guest_that_does_not_flush_is_completed_when_it_is_durable() {
+    let net = Net::new();
+    for (declines, want) in [(0, [0, 0, 0]), (FLUSH, [1, 0, 1])] {
+        let id = identity(1, SIZE);
+        let host = Host::new(&net, &id, 1, Role::Local);
+        let mut spec = net.image(&format!("{declines}.img"), SIZE);
+        let fault = serde_json::json!({ "kind": "flush", "errno": 5 });
+        spec.fault = vec![serde_json::from_value(fault).unwrap()];
+        host.backend(&spec);
+        let socket = net.path(&format!("{declines}.sock"));
+        host.listen(&socket);
+        let mut guest = Guest::new(1, BLOCKS, 1);
+        guest.declines = declines;
+        guest.connect(&socket);
+        guest.fresh_inflight_region();
+        guest.start();
+        let at = guest.scratch() as u64;
+        let mut segment = [0; 16];
+        segment[8] = 8;
+        guest.poke(at as usize + 0x200, &segment);
+        for (number, want) in [1u8, 0, 11].into_iter().zip(want) {
+            let mut header = [0; 16];
+            header[0] = number;
+            guest.poke(at as usize, &header);
+            guest.poke(at as usize + 0x100, &[0xff]);
+            let data = match number {
+                1 => (at + 0x1000, 512, NEXT),
+                0 => (at + 0x1000, 512, NEXT | WRITE),
+                _ => (at + 0x200, 16, NEXT),
+            };
+            guest.offer_raw(0, &[(at, 16, NEXT), data, (at + 0x100, 1, WRITE)]);
+            guest.wait_raw(1);
+            guest.raw.clear();
+            assert_eq!(guest.peek(at as usize + 0x100), want, "request {number}, declines {declines:#x}");
+        }
+    }
+}
+
+#[test]
+fn guest_that_does_not_flush_pauses_moves_and_survives() {
+    let net = Net::new();
+    let id = identity(2, SIZE);
+    let mut a = Host::new(&net, &id, 1, Role::Local);
+    let mut spec = net.image("a.img", SIZE);
+    spec.delay_us = Some(1000);
+    a.backend(&spec);
+    a.listen(&net.path("vmm-0.sock"));
+    let mut guest = Guest::new(2, BLOCKS, 21);
+    guest.declines = FLUSH;
+    guest.connect(&net.path("vmm-0.sock"));
+    guest.fresh_inflight_region();
+    guest.start();
+    for _ in 0..3 {
+        guest.run(50, 16);
+        guest.stop();
+        guest.start();
+    }
+    let mut b = Host::new(&net, &id, 1, Role::Successor { from: "peer".into() });
+    b.peer(&a);
+    a.handle.send(Command::Offer { to: "peer".into() });
+    wait_for(&mut b, &mut a, "Prepared");
+    b.listen(&net.path("vmm-1.sock"));
+    guest.run(50, 16);
+    guest.stop();
+    guest.migrate_to(&net.path("vmm-1.sock"));
+    wait_for(&mut b, &mut a, "Attached");
+    guest.run(100, 16);
+    let epoch = b.snapshot().epoch;
+    b.kill();
+    guest.lose_connection();
+    b = Host::new(&net, &id, epoch, Role::Remote { backing: "peer".into() });
+    b.peer(&a);
+    b.listen(&net.path("vmm-1.sock"));
+    guest.connect(&net.path("vmm-1.sock"));
+    guest.start();
+    let target = guest.completed + 100;
+    guest.run_until(16, |guest| {
+        a.pump();
+        b.pump();
+        guest.completed >= target
+    });
+    // And its disk follows it.
+    let local = net.image("b.img", SIZE).build(belay_attach::BACKEND_OWNER).unwrap();
+    let options = belay_attach::ExchangeOptions {
+        map_path: net.path("b.map"),
+        bandwidth: None,
+        in_flight_bytes: 1 << 20,
+        echo: true,
+    };
+    b.handle.send(Command::StartExchange { local, options });
+    let mut retiring = false;
+    let mut committed = false;
+    guest.run_until(16, |_| {
+        a.pump();
+        b.pump();
+        if b.has_seen("ReadyToCut") && !retiring {
+            retiring = true;
+            a.handle.send(Command::Retire);
+        }
+        if a.has_seen("Retired") && !committed {
+            committed = true;
+            b.handle.send(Command::CutCommitted);
+        }
+        b.has_seen("ExchangeDone")
+    });
+    guest.run(100, 16);
+    guest.verify();
+}

@@ -28,6 +28,8 @@ pub const MAX_RANGE_SECTORS: u32 = 1 << 22;
 pub const ID_BYTES: usize = 20;
 /// The status of a request that failed: VIRTIO_BLK_S_IOERR.
 pub const STATUS_IO_ERROR: u8 = 1;
+/// VIRTIO_BLK_F_FLUSH. A guest that does not take it relies on every write that was completed (5.2.6.2).
+pub const FEATURE_FLUSH: u64 = 1 << 9;
 /// Bytes of a request's header.
 const HEADER_BYTES: usize = 16;
 /// Bytes of a discard or write-zeroes segment.
@@ -40,7 +42,7 @@ mod feature {
     pub(super) const SEG_MAX: u64 = 1 << 2;
     pub(super) const RO: u64 = 1 << 5;
     pub(super) const BLK_SIZE: u64 = 1 << 6;
-    pub(super) const FLUSH: u64 = 1 << 9;
+    pub(super) const FLUSH: u64 = super::FEATURE_FLUSH;
     pub(super) const TOPOLOGY: u64 = 1 << 10;
     pub(super) const MQ: u64 = 1 << 12;
     pub(super) const DISCARD: u64 = 1 << 13;

@@ -104,6 +104,8 @@ pub struct Guest {
     pub random: Random,
     /// Does not kick.
     pub mute: bool,
+    /// Feature bits that the driver does not take.
+    pub declines: u64,
 }
 
 impl Guest {
@@ -127,6 +129,7 @@ impl Guest {
             bases: vec![0; queues],
             random: Random(seed),
             mute: false,
+            declines: 0,
         }
     }
 
@@ -154,7 +157,7 @@ impl Guest {
         assert!(protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD));
         frontend.set_owner().unwrap();
         // Everything but LOG_ALL and the event index, which this little driver does not use.
-        frontend.set_features(features & !(1 << 26) & !(1 << 29)).unwrap();
+        frontend.set_features(features & !(1 << 26) & !(1 << 29) & !self.declines).unwrap();
         let kicks = (0..self.queues).map(|_| EventFd::new(libc::EFD_NONBLOCK).unwrap()).collect();
         let calls = (0..self.queues).map(|_| EventFd::new(libc::EFD_NONBLOCK).unwrap()).collect();
         self.connection = Some(Connection { frontend, kicks, calls });
@@ -294,6 +297,7 @@ impl Guest {
             bases: self.bases.clone(),
             random: Random(self.random.0 ^ ZOMBIE_VERSIONS),
             mute: self.mute,
+            declines: self.declines,
         }
     }
 

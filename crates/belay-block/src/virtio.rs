@@ -449,6 +449,63 @@ mod tests {
     }
 
     #[test]
+    fn discards_and_write_zeroes_beyond_what_was_announced_are_refused() {
+        let segment = |sector: u64, sectors: u32, flags: u32| {
+            let mut payload = sector.to_le_bytes().to_vec();
+            payload.extend(sectors.to_le_bytes());
+            payload.extend(flags.to_le_bytes());
+            payload
+        };
+        let large = Limits { size_bytes: 1 << 40, block_bytes: 4096, read_only: false };
+        let most = MAX_RANGE_SECTORS;
+        for (number, payload, limits, status) in [
+            (11, segment(0, most, 0), large, None),
+            (13, segment(0, most, 1), large, None),
+            (11, segment(0, most + 8, 0), large, Some(1)),
+            (13, segment(0, most + 8, 0), large, Some(1)),
+            (13, segment(0, 0, 0), large, Some(1)),
+            (13, segment(0, 4, 0), large, Some(1)),
+            (13, segment(4, 8, 0), large, Some(1)),
+            (13, segment(u64::MAX, 8, 0), large, Some(1)),
+            (13, segment((1 << 20) / 512 - 1, 2, 0), LIMITS, Some(1)),
+            (13, segment(0, 8, 2), large, Some(2)),
+            (11, [segment(0, 8, 0), segment(8, 8, 0)].concat(), large, Some(1)),
+            (11, segment(0, 8, 0)[..15].to_vec(), large, Some(1)),
+            (13, Vec::new(), large, Some(1)),
+        ] {
+            let chain = Chain::new(number, 0, &payload, 1);
+            let refused = chain.parse(&limits).is_err().then(|| chain.status());
+            assert_eq!(refused, status, "type {number}, segments {payload:?}");
+        }
+    }
+
+    #[test]
+    fn request_of_more_than_is_executed_is_an_io_error() {
+        let limits = Limits { size_bytes: 1 << 40, ..LIMITS };
+        for (len, fits) in [(MAX_DATA_BYTES, true), (MAX_DATA_BYTES + 512, false)] {
+            let chain = Chain::new(0, 0, &[], len as usize + 1);
+            assert_eq!(chain.parse(&limits).is_ok(), fits, "{len}");
+        }
+    }
+
+    #[test]
+    fn large_blocks_are_announced_in_every_field_that_has_them() {
+        let config = BlockConfig {
+            size_bytes: 1 << 30,
+            block_bytes: 4096,
+            queues: 64,
+            queue_entries: 256,
+            read_only: false,
+        };
+        let space = config_space(&config);
+        assert_eq!(space[0..8], (1u64 << 21).to_le_bytes(), "the capacity stays in sectors");
+        assert_eq!(space[20..24], 4096u32.to_le_bytes());
+        assert_eq!(space[24..28], [0, 0, 1, 0], "physical blocks are no larger; one is the best minimum");
+        assert_eq!(space[34..36], 64u16.to_le_bytes());
+        assert_eq!(space[44..48], 8u32.to_le_bytes(), "discards are aligned to blocks");
+    }
+
+    #[test]
     fn read_only_disk_refuses_changes_and_does_not_offer_them() {
         let limits = Limits { read_only: true, ..LIMITS };
         assert!(Chain::new(1, 0, &[0; 512], 1).parse(&limits).is_err());

@@ -262,6 +262,46 @@ fn memory_that_is_not_there_refused() {
 }
 
 #[test]
+fn as_many_regions_as_were_promised_and_no_more() {
+    let (mut vmm, guest) = (Vmm::negotiated(PROTOCOL), Guest::new(8));
+    let slots = long(&vmm.ask(36, 0, &[], &[]).0);
+    let region = |index: u64| [longs(&[0]), longs(&[index << 20, 0x1000, USER + (index << 20), 0])].concat();
+    for index in 0..=slots {
+        let refused = long(&vmm.ask(37, NEED_REPLY, &region(index), &[guest.memory.as_fd()]).0);
+        assert_eq!(refused, u64::from(index == slots), "region {index}");
+    }
+    assert_eq!(long(&vmm.ask(38, NEED_REPLY, &region(7), &[]).0), 0);
+    assert_eq!(long(&vmm.ask(37, NEED_REPLY, &region(slots), &[guest.memory.as_fd()]).0), 0);
+}
+
+#[test]
+fn memory_table_replaces_all_regions_or_none() {
+    let (mut vmm, guest) = (Vmm::negotiated(PROTOCOL), Guest::new(8));
+    let table = |regions: &[[u64; 4]]| {
+        [words(&[regions.len() as u32, 0]), regions.iter().flat_map(|region| longs(region)).collect()]
+            .concat()
+    };
+    let fd = guest.memory.as_fd();
+    let good = table(&[[0, 0x1000, USER, 0], [0x1000, 0x1000, USER + 0x1000, 0x1000]]);
+    assert_eq!(long(&vmm.ask(5, NEED_REPLY, &good, &[fd, fd]).0), 0);
+    for (bad, fds) in [
+        (table(&[[0, 0x1000, USER, 0], [0x800, 0x1000, USER + 0x1000, 0]]), vec![fd, fd]),
+        (table(&[[0, MEMORY + 1, USER, 0]]), vec![fd]),
+        (good.clone(), vec![fd]),
+        (good[..good.len() - 1].to_vec(), vec![fd, fd]),
+        (words(&[33, 0]), vec![]),
+    ] {
+        assert_eq!(long(&vmm.ask(5, NEED_REPLY, &bad, &fds).0), 1);
+        // Both of before are still there: neither can be added, each can be removed.
+        let region = |at: u64| [longs(&[0]), longs(&[at, 0x1000, USER + at, at])].concat();
+        for at in [0, 0x1000] {
+            assert_eq!(long(&vmm.ask(38, NEED_REPLY, &region(at), &[]).0), 0);
+            assert_eq!(long(&vmm.ask(37, NEED_REPLY, &region(at), &[fd]).0), 0);
+        }
+    }
+}
+
+#[test]
 fn vmm_that_does_not_read_replies_loses_its_connection() {
     let mut vmm = Vmm::new();
     let mut end = None;

@@ -496,3 +496,77 @@ fn guest_whose_wish_for_an_interrupt_came_late_is_reminded() {
     vmm.connection.ring(0).unwrap().remind();
     assert_eq!(count(&vmm.call), 0);
 }
+
+#[test]
+fn log_is_found_at_its_offset_and_what_a_gone_region_held_is_logged_there() {
+    let (mut vmm, mut guest) = running(8, LOG_ALL);
+    let log = memfd(0x3000);
+    assert_eq!(vmm.ask(6, 0, &longs(&[64, 0x1000]), &[log.as_fd()]).0, longs(&[64, 0x1000]));
+    // A second region, written to after it was removed: the request was popped before.
+    let more = memfd(0x1_0000);
+    let region = [longs(&[0]), longs(&[MEMORY, 0x1_0000, USER + MEMORY, 0])].concat();
+    vmm.tell(37, &region, &[more.as_fd()]);
+    guest.chain(0, &[(MEMORY + 0x2000, 0x1000, true)]);
+    guest.offer(0);
+    let chain = vmm.connection.ring(0).unwrap().pop().unwrap().unwrap();
+    vmm.tell(38, &region, &[]);
+    fill(&chain, 5);
+    let ring = vmm.connection.ring(0).unwrap();
+    ring.log_written(&chain, 0x1000);
+    ring.complete(0, 0x1000);
+    ring.publish();
+    let mut bytes = [0; 64];
+    rustix::io::pread(&log, &mut bytes, 0x1000).unwrap();
+    let page = (MEMORY + 0x2000) / 4096;
+    let mut want = [0; 64];
+    want[(page / 8) as usize] = 1 << (page % 8);
+    assert_eq!(bytes, want);
+    let mut rest = [0; 0x1000];
+    rustix::io::pread(&log, &mut rest, 0).unwrap();
+    assert_eq!(rest, [0; 0x1000], "nothing before the offset is touched");
+}
+
+#[test]
+fn every_one_of_64_queues_is_served() {
+    use belay_vhost_user::{Connection, Offer};
+    let mut vmm = Vmm::new();
+    let (socket, other) = std::os::unix::net::UnixStream::pair().unwrap();
+    socket.set_nonblocking(true).unwrap();
+    vmm.connection = Connection::new(other, Offer { queues: 64, ..offer() }).unwrap();
+    vmm.socket = socket;
+    vmm.tell(16, &ALL_PROTOCOL.to_ne_bytes(), &[]);
+    vmm.tell(2, &longs(&[PROTOCOL | VERSION_1]), &[]);
+    assert_eq!(long(&vmm.ask(17, 0, &[], &[]).0), 64);
+    let mut guest = Guest::new(8);
+    let mut rings = Vec::new();
+    vmm.set_memory(&guest);
+    for queue in 0..64u64 {
+        // All in one memory, each at a place of its own.
+        let at = 0x8000 + queue * 0x1000;
+        let ring = Guest {
+            memory: guest.memory,
+            descriptors: at,
+            available: at + 0x400,
+            used: at + 0x800,
+            ..Guest::new(8)
+        };
+        assert!(matches!(vmm.start(&ring, queue as u32, 0, false)[..], [Event::RingStarted { .. }]));
+        guest = Guest { memory: ring.memory, ..Guest::new(8) };
+        rings.push((at, at + 0x400, at + 0x800));
+    }
+    for (queue, (descriptors, available, used)) in rings.into_iter().enumerate() {
+        let mut ring = Guest { memory: guest.memory, descriptors, available, used, ..Guest::new(8) };
+        ring.chain(2, &[(0x7000, 16, true)]);
+        ring.offer(2);
+        let served = vmm.connection.ring(queue as u16).unwrap();
+        assert_eq!(served.pop().unwrap().unwrap().head, 2);
+        served.complete(2, 16);
+        served.publish();
+        assert_eq!((ring.used_idx(), ring.used_entry(0)), (1, (2, 16)));
+        guest = Guest { memory: ring.memory, ..Guest::new(8) };
+    }
+    assert!(vmm.connection.ring(64).is_none());
+    // What the messages can name beyond that is refused.
+    assert_eq!(long(&vmm.ask(8, NEED_REPLY, &words(&[64, 8]), &[]).0), 1);
+    assert_eq!(long(&vmm.ask(13, NEED_REPLY, &longs(&[0xff | 0x100]), &[]).0), 1);
+}

@@ -41,13 +41,15 @@ const HOLD_BYTES: u64 = 16 << 20;
 static STOP: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
+    // Configurations and specifications, which name the guest's files, are in other folders.
+    let absolute = |guest: &Path| std::path::absolute(guest).unwrap_or_else(|_| guest.to_owned());
     let arguments: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
     std::thread::spawn(watch_signals);
     let outcome = match &arguments[..] {
-        [belay, probe, guest, out] => demonstrate(belay, probe, guest, out),
+        [belay, probe, guest, out] => demonstrate(belay, probe, &absolute(guest), out),
         [evacuate, rounds, belay, probe, guest, out] if evacuate.as_os_str() == "evacuate" => {
             let rounds = rounds.to_str().and_then(|rounds| rounds.parse().ok()).unwrap_or(1);
-            evacuation::compare(belay, probe, guest, out, rounds)
+            evacuation::compare(belay, probe, &absolute(guest), out, rounds)
         }
         _ => {
             eprintln!("usage: belay-demo [evacuate ROUNDS] BELAY BELAY-PROBE GUEST-FOLDER OUTPUT-FOLDER");

@@ -122,6 +122,8 @@ pub struct Connection {
     pub(crate) held: Option<Held>,
     /// GET_VRING_BASE is answered by [`Connection::quiesced`].
     pub(crate) hold_stops: bool,
+    /// GET_FEATURES, SET_PROTOCOL_FEATURES or SET_OWNER has come: the front-end knows that this connection is a new one.
+    pub(crate) greeted: bool,
     /// Nothing more comes.
     over: bool,
     /// Why, until that was told.
@@ -192,6 +194,7 @@ impl Connection {
             events: VecDeque::new(),
             held: None,
             hold_stops: false,
+            greeted: false,
             over: false,
             end: None,
         })
@@ -306,6 +309,13 @@ impl Connection {
     /// which no further message is handled: for a device that must not let go of guest memory yet.
     pub fn hold_stops(&mut self, hold: bool) {
         self.hold_stops = hold;
+    }
+
+    /// Whether the VMM has begun to talk. QEMU greets as soon as it has connected, unless it has not noticed that the
+    /// connection is a new one; then it is silent until it starts the rings.
+    #[must_use]
+    pub fn has_begun(&self) -> bool {
+        self.greeted || self.features != 0
     }
 
     /// Whether a ring has been stopped and the VMM waits for [`Connection::quiesced`].

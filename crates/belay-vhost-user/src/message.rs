@@ -64,6 +64,15 @@ bitflags::bitflags! {
     }
 }
 
+impl ProtocolFeatures {
+    /// What is offered. CONFIGURE_MEM_SLOTS is understood, but not offered: with it QEMU sends guest memory once per
+    /// device, without it at every start of the rings, also on a connection that it has not noticed to be a new one
+    /// (`docs/decisions/0008-memory-comes-with-every-start.md`).
+    pub(crate) fn offered() -> Self {
+        Self::all().difference(Self::CONFIGURE_MEM_SLOTS)
+    }
+}
+
 /// The name of a request, for messages.
 pub(crate) fn name(number: u32) -> Option<&'static str> {
     use request as r;

@@ -31,11 +31,18 @@ type Outcome = Result<Answer, Refusal>;
 impl Connection {
     pub(crate) fn handle(&mut self, message: &mut Message) -> Outcome {
         match message.request {
-            r::GET_FEATURES => reply_u64(self.offer.features()),
+            r::GET_FEATURES => {
+                self.greeted = true;
+                reply_u64(self.offer.features())
+            }
             r::SET_FEATURES => self.set_features(message),
-            // Ownership means nothing here, and RESET_OWNER is deprecated because nobody agreed on what it does.
-            r::SET_OWNER | r::RESET_OWNER => Ok(Answer::Ack),
-            r::GET_PROTOCOL_FEATURES => reply_u64(ProtocolFeatures::all().bits()),
+            // Ownership means no more than a greeting, and RESET_OWNER is deprecated because nobody agreed on what it does.
+            r::SET_OWNER => {
+                self.greeted = true;
+                Ok(Answer::Ack)
+            }
+            r::RESET_OWNER => Ok(Answer::Ack),
+            r::GET_PROTOCOL_FEATURES => reply_u64(ProtocolFeatures::offered().bits()),
             r::SET_PROTOCOL_FEATURES => self.set_protocol_features(message),
             r::GET_QUEUE_NUM => reply_u64(self.offer.queues.into()),
             r::GET_MAX_MEM_SLOTS => reply_u64(GuestMemory::MAX_REGIONS as u64),
@@ -72,6 +79,11 @@ impl Connection {
         if foreign != 0 {
             return Err(format!("the bits {foreign:#x} were not offered").into());
         }
+        if !self.greeted {
+            // The rings of an earlier connection are started on this one, with what was negotiated there.
+            tracing::info!("the VMM has not noticed that its connection is a new one");
+            self.protocol = ProtocolFeatures::offered();
+        }
         let logged = self.features & feature::LOG_ALL != 0;
         self.features = features;
         if logged && features & feature::LOG_ALL == 0 {
@@ -86,6 +98,7 @@ impl Connection {
 
     fn set_protocol_features(&mut self, message: &Message) -> Outcome {
         let bits = fields(message).u64()?;
+        self.greeted = true;
         self.protocol = ProtocolFeatures::from_bits(bits).ok_or_else(|| {
             format!("the bits {:#x} were not offered", bits & !ProtocolFeatures::all().bits())
         })?;
@@ -258,6 +271,9 @@ impl Connection {
             other => return Err(format!("{other} is neither 0 nor 1").into()),
         };
         self.queues[usize::from(queue)].enabled = Some(on);
+        if on && self.is_mistaken() {
+            return Err("the rings of an earlier connection are started on this one".to_owned().into());
+        }
         match self.ring(queue) {
             Some(ring) if ring.is_enabled() != on => {
                 ring.set_enabled(on);
@@ -268,6 +284,15 @@ impl Connection {
             None => self.try_start(queue)?,
         }
         Ok(Answer::Ack)
+    }
+
+    /// Whether the front-end starts rings without having said where their memory is: it has not noticed that its
+    /// connection is a new one. QEMU does not if its back-end went away while the rings were stopped. It sends the
+    /// memory all the same if it was not offered CONFIGURE_MEM_SLOTS; if it was, the guest would hang. When the
+    /// connection ends at this point, a later QEMU greets the next one.
+    fn is_mistaken(&self) -> bool {
+        let all = self.queues.iter().all(|queue| queue.enabled == Some(true));
+        !self.greeted && self.memory.regions() == 0 && all
     }
 
     /// Bytes of the configuration space, zeroes beyond its end; an impossible range is answered with size 0.

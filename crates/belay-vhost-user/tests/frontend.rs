@@ -9,7 +9,9 @@ use std::os::unix::net::UnixStream;
 use belay_vhost_user::{Connection, Event, Marked};
 use common::*;
 use rustix::event::{PollFd, PollFlags};
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::EventFd;
@@ -36,8 +38,9 @@ impl Machine {
         machine.vmm(|vmm| {
             let features = vmm.get_features().unwrap();
             let protocol = vmm.get_protocol_features().unwrap();
-            assert_eq!(protocol.bits(), ALL_PROTOCOL);
-            vmm.set_protocol_features(protocol).unwrap();
+            assert_eq!(protocol.bits(), OFFERED_PROTOCOL);
+            let understood = protocol | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+            vmm.set_protocol_features(understood).unwrap();
             vmm.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
             assert_eq!(vmm.get_queue_num().unwrap(), 4);
             assert_eq!(vmm.get_max_mem_slots().unwrap(), 509);

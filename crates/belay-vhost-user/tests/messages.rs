@@ -13,7 +13,7 @@ fn features_and_limits_are_answered_as_offered() {
     let mut vmm = Vmm::new();
     let features = long(&vmm.ask(1, 0, &[], &[]).0);
     assert_eq!(features, 1 << 9 | LOG_ALL | INDIRECT | EVENT_IDX | PROTOCOL | VERSION_1);
-    assert_eq!(long(&vmm.ask(15, 0, &[], &[]).0), ALL_PROTOCOL);
+    assert_eq!(long(&vmm.ask(15, 0, &[], &[]).0), OFFERED_PROTOCOL);
     assert_eq!(long(&vmm.ask(17, 0, &[], &[]).0), 4);
     assert_eq!(long(&vmm.ask(36, 0, &[], &[]).0), 509);
 }

@@ -570,3 +570,43 @@ fn every_one_of_64_queues_is_served() {
     assert_eq!(long(&vmm.ask(8, NEED_REPLY, &words(&[64, 8]), &[]).0), 1);
     assert_eq!(long(&vmm.ask(13, NEED_REPLY, &longs(&[0xff | 0x100]), &[]).0), 1);
 }
+
+/// QEMU, whose back-end went away while its rings were stopped: it has not noticed that the connection is a new one.
+fn start_without_greeting(vmm: &mut Vmm, guest: &Guest, memory: bool) -> Vec<Event> {
+    let mut events = vmm.tell(2, &longs(&[PROTOCOL | VERSION_1]), &[]);
+    if memory {
+        let table = [words(&[1, 0]), longs(&[0, MEMORY, USER, 0])].concat();
+        // It waits for the reply, as it may since it negotiated that.
+        assert_eq!(long(&vmm.ask(5, NEED_REPLY, &table, &[guest.memory.as_fd()]).0), 0);
+    }
+    for queue in 0..3 {
+        events.extend(vmm.tell(18, &words(&[queue, 1]), &[]));
+    }
+    let (kick, call) = (vmm.kick.try_clone().unwrap(), vmm.call.try_clone().unwrap());
+    events.extend(vmm.tell(8, &words(&[0, guest.size.into()]), &[]));
+    events.extend(vmm.tell(10, &words(&[0, 0]), &[]));
+    events.extend(vmm.set_address(guest, 0, false));
+    events.extend(vmm.tell(13, &longs(&[0]), &[call.as_fd()]));
+    events.extend(vmm.tell(12, &longs(&[0]), &[kick.as_fd()]));
+    events
+}
+
+#[test]
+fn rings_that_are_started_on_a_new_connection_that_the_vmm_has_not_noticed_run() {
+    let (mut vmm, mut guest) = (Vmm::new(), Guest::new(8));
+    let events = start_without_greeting(&mut vmm, &guest, true);
+    assert!(matches!(events[..], [Event::RingStarted { queue: 0, .. }]), "{events:?}");
+    guest.chain(0, &[(0x9000, 16, true)]);
+    guest.offer(0);
+    assert_eq!(serve_one(&mut vmm, 7), 0);
+}
+
+#[test]
+fn rings_that_are_started_without_greeting_and_memory_end_the_connection() {
+    let (mut vmm, guest) = (Vmm::new(), Guest::new(8));
+    let events = start_without_greeting(&mut vmm, &guest, false);
+    assert!(events.is_empty(), "{events:?}");
+    vmm.send(18, 0, &words(&[3, 1]), &[]);
+    assert!(vmm.events().is_err());
+    assert!(vmm.connection.next_event().is_err());
+}

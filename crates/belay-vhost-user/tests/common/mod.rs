@@ -20,7 +20,10 @@ pub const INDIRECT: u64 = 1 << 28;
 pub const EVENT_IDX: u64 = 1 << 29;
 pub const PROTOCOL: u64 = 1 << 30;
 pub const VERSION_1: u64 = 1 << 32;
-pub const ALL_PROTOCOL: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 10 | 1 << 12 | 1 << 13 | 1 << 15;
+/// What is offered.
+pub const OFFERED_PROTOCOL: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 10 | 1 << 12 | 1 << 13;
+/// What is understood: also memory slots.
+pub const ALL_PROTOCOL: u64 = OFFERED_PROTOCOL | 1 << 15;
 
 /// Where the test's VMM has the guest's address 0 mapped.
 pub const USER: u64 = 0x7f00_0000_0000;

@@ -104,10 +104,12 @@ impl Agent {
             qmp: qmp_socket.to_owned(),
             process: Some(serde_json::to_value(found.process).map_err(refused)?),
             devices,
+            migrating: None,
+            incoming: None,
         };
         self.ledger.put_vm(&record)?;
         self.events.note("vm", None, Some(name), message);
-        let vm = self.vms.insert(record, None, Some(qmp));
+        let vm = self.vms.insert(record, Some(qmp));
         let warning = |device: &String| {
             format!(
                 "QEMU was not told to reconnect to device {device}: until the VM has migrated, a restart of this \
@@ -154,7 +156,7 @@ impl Agent {
     }
 
     /// As a destination: whether a VM could start here. Nothing is changed.
-    pub(crate) async fn check_vm(&self, request: VmCheck) -> Result<VmChecked, AgentError> {
+    pub(crate) async fn check_vm(&self, peer: &str, request: VmCheck) -> Result<VmChecked, AgentError> {
         let spec: VmSpec = serde_json::from_value(request.spec).map_err(refused)?;
         spec.check().map_err(refused)?;
         let here = self.host();
@@ -165,6 +167,9 @@ impl Agent {
         };
         let free = match self.vms.get(&spec.name) {
             Err(_) => Ok(format!("host {here} has no VM {}", spec.name)),
+            Ok(left) if left.comes_from(peer) => {
+                Ok(format!("host {here} has what an earlier attempt has left of VM {}", spec.name))
+            }
             Ok(_) => Err(format!("host {here} has a VM {} already", spec.name)),
         };
         check("name", free);

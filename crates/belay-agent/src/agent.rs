@@ -16,6 +16,7 @@ use belay_wire::control::Channel;
 use belay_wire::{DeviceId, Epoch};
 
 use crate::config::Config;
+use crate::departure::Departure;
 use crate::device::{HandoverFigures, Managed};
 use crate::error::AgentError;
 use crate::events::Events;
@@ -51,6 +52,8 @@ pub struct Agent {
     pub counts: Counts,
     /// Held while a device is prepared for a peer: the same call twice may not start it twice.
     pub(crate) preparing: tokio::sync::Mutex<()>,
+    /// Devices that leave together.
+    pub(crate) departures: Mutex<Vec<Arc<Departure>>>,
     devices: Mutex<BTreeMap<String, Arc<Managed>>>,
     clients: Mutex<BTreeMap<String, ControlClient>>,
 }
@@ -69,6 +72,7 @@ impl Agent {
             vmm_uid: std::sync::OnceLock::new(),
             counts: Counts::default(),
             preparing: tokio::sync::Mutex::default(),
+            departures: Mutex::default(),
             devices: Mutex::default(),
             clients: Mutex::default(),
         })
@@ -162,8 +166,16 @@ impl Agent {
     /// # Errors
     /// The disk.
     pub async fn write_record(&self, record: DeviceRecord) -> Result<(), AgentError> {
+        self.write_records(vec![record]).await
+    }
+
+    /// Writes the records of several devices durably: all of them, or none.
+    ///
+    /// # Errors
+    /// The disk.
+    pub(crate) async fn write_records(&self, records: Vec<DeviceRecord>) -> Result<(), AgentError> {
         let ledger = Arc::clone(&self.ledger);
-        tokio::task::spawn_blocking(move || ledger.put_device(&record))
+        tokio::task::spawn_blocking(move || ledger.put_devices(&records))
             .await
             .map_err(|error| AgentError::failed(error.to_string()))?
             .map_err(Into::into)
@@ -390,27 +402,6 @@ impl Agent {
             }
             Notice::Stopped(Some(reason)) => note("device", format!("its thread failed: {reason}")),
             _ => {}
-        }
-    }
-
-    /// The commit point of a handover: the grant becomes durable.
-    async fn grant(&self, device: &Managed, by: &str, epoch: Epoch, in_flight: u64) {
-        let outcome = match device.role() {
-            RoleRecord::Local { backend } => {
-                self.record(device, epoch, RoleRecord::Lent { backend, to: by.to_owned() }).await
-            }
-            role => Err(AgentError::failed(format!("the ledger says {role:?}"))),
-        };
-        match outcome {
-            Ok(()) => {
-                // The destination's word may come after the report is made.
-                device.figures.lock().unwrap_or_else(std::sync::PoisonError::into_inner).requests_in_flight =
-                    in_flight;
-                device.send(Command::GrantDurable { epoch });
-                let message = format!("{by} claimed it with {in_flight} requests in flight");
-                self.events.note("handover", Some(&device.name()), None, message);
-            }
-            Err(error) => device.send(Command::GrantFailed { epoch, reason: error.message }),
         }
     }
 

@@ -167,6 +167,12 @@ impl Managed {
         self.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner).0
     }
 
+    /// Whether the thread has said something that begins like this after `mark`.
+    pub(crate) fn has_said(&self, mark: u64, beginning: &str) -> bool {
+        let said = self.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        said.1.iter().any(|(number, text)| *number > mark && text.starts_with(beginning))
+    }
+
     /// Waits until the thread has said one of `wanted` (beginnings of a notice's debug text) after `mark`.
     ///
     /// # Errors

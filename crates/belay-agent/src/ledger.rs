@@ -193,6 +193,21 @@ pub struct VmRecord {
     pub process: Option<serde_json::Value>,
     /// Names of its devices.
     pub devices: Vec<String>,
+    /// It is on its way to another host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migrating: Option<MigratingRecord>,
+    /// The host that its memory comes from, while it waits for that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub incoming: Option<String>,
+}
+
+/// A VM is on its way: an agent that finds this after a restart finds out how that ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigratingRecord {
+    /// The other host.
+    pub to: String,
+    /// It ran when the migration began.
+    pub ran: bool,
 }
 
 /// The version of records that this build writes.
@@ -286,8 +301,23 @@ impl Ledger {
     /// # Errors
     /// The disk.
     pub fn put_device(&self, record: &DeviceRecord) -> Result<(), LedgerError> {
-        let text = serde_json::to_string(record).map_err(storage)?;
-        self.write(DEVICES, &record.identity.id.to_string(), Some(&text))
+        self.put_devices(std::slice::from_ref(record))
+    }
+
+    /// Writes the records of several devices with one durable write: all of them, or none.
+    ///
+    /// # Errors
+    /// The disk.
+    pub fn put_devices(&self, records: &[DeviceRecord]) -> Result<(), LedgerError> {
+        let transaction = self.database.begin_write().map_err(storage)?;
+        {
+            let mut table = transaction.open_table(DEVICES).map_err(storage)?;
+            for record in records {
+                let text = serde_json::to_string(record).map_err(storage)?;
+                table.insert(record.identity.id.to_string().as_str(), text.as_str()).map_err(storage)?;
+            }
+        }
+        transaction.commit().map_err(storage)
     }
 
     /// Forgets a device.
@@ -439,6 +469,10 @@ mod tests {
         let text = serde_json::to_string(&before).unwrap();
         assert!(!text.contains("offered") && !text.contains("bandwidth"), "{text}");
         assert_eq!(serde_json::from_str::<DeviceRecord>(&text).unwrap(), before);
+        let vm = r#"{"schema":1,"name":"vm","spec":null,"qmp":"/q","process":null,"devices":["disk0"]}"#;
+        let read: VmRecord = serde_json::from_str(vm).unwrap();
+        assert!(read.migrating.is_none() && read.incoming.is_none());
+        assert_eq!(serde_json::to_string(&read).unwrap(), vm);
     }
 
     #[test]

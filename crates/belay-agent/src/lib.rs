@@ -4,11 +4,13 @@ pub mod adopt;
 pub mod agent;
 pub mod api;
 pub mod config;
+mod departure;
 pub mod device;
 pub mod error;
 pub mod events;
 mod exchange;
 mod home;
+mod leaving;
 pub mod ledger;
 mod limits;
 mod memory;
@@ -18,6 +20,7 @@ pub mod new_device;
 pub mod offer;
 pub mod operation;
 pub mod peer;
+mod recover;
 pub mod view;
 pub mod vm;
 
@@ -82,12 +85,14 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     if let Some(uid) = vmm_uid {
         let _ = agent.vmm_uid.set(uid);
     }
+    agent.reopen_departures()?;
     if let Some(identity) = identity {
         listen_to_peers(&agent, identity).await?;
     }
     agent.start_devices().await?;
     agent.add_configured_devices().await?;
     agent.find_vms()?;
+    agent.settle_migrations();
     let socket = agent.config.api_socket();
     let listener =
         agent::listen(&socket).with_context(|| format!("cannot listen on {}", socket.display()))?;

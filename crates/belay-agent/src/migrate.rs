@@ -5,31 +5,31 @@
 //!       └───────────┴─────────┴───────────┴── failure or abort: the VM goes on here
 //! ```
 //! Whether the devices have moved is not decided here, but in their handovers: the destination's rings start, it
-//! claims, this host's ledger grants. This conducts QEMU, and cleans up on whichever side is left over.
+//! claims, this host's ledger grants. This conducts QEMU; `Leaving` brings it to an end at one of the hosts.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use belay_vmm::{Capability, Qmp};
-use belay_wire::DeviceId;
+use belay_vmm::{Capability, Qmp, QmpError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::sync::broadcast;
 
 use crate::adopt::{VmCheck, VmChecked};
 use crate::agent::Agent;
 use crate::device::Managed;
 use crate::error::AgentError;
-use crate::ledger::Mode;
+use crate::leaving::{Leaving, POLL};
+use crate::ledger::{MigratingRecord, Mode, RoleRecord};
 use crate::operation::{
     Check, HandoverReport, MigrationFigures, Operation, OperationDevice, RamView, Report,
 };
-use crate::peer::{DeviceQuery, DeviceState, Done, HelloAnswer, Incoming, StartIncoming, VmQuery};
-use crate::vm::Vm;
+use crate::peer::{DeviceQuery, DeviceState, Done, HelloAnswer, Incoming, StartIncoming};
 
 /// Limit of a VM's memory transfer where the configuration has none, in bytes per second.
 const MEMORY_BANDWIDTH: u64 = 4 << 30;
-/// How often QEMU is asked for its progress.
-const POLL: Duration = Duration::from_millis(20);
+/// How long a migration waits for the end of what an earlier agent has begun.
+const SETTLED_WITHIN: Duration = Duration::from_secs(60);
 /// How often the destination is asked for the exchange's progress.
 const FOLLOW_POLL: Duration = Duration::from_millis(300);
 
@@ -47,12 +47,19 @@ pub struct Request {
 }
 
 struct Migration {
-    agent: Arc<Agent>,
+    leaving: Leaving,
     operation: Arc<Operation>,
     request: Request,
-    vm: Arc<Vm>,
-    devices: Vec<Arc<Managed>>,
     began: Instant,
+    /// How many notices each device had given when it had been offered.
+    marks: Vec<u64>,
+}
+
+/// What QEMU measured.
+struct Moved {
+    total_ms: u64,
+    downtime_ms: u64,
+    running_ms: f64,
 }
 
 impl Agent {
@@ -65,6 +72,7 @@ impl Agent {
         request: Request,
         dry_run: bool,
     ) -> Result<Arc<Operation>, AgentError> {
+        self.settled(&request.vm).await?;
         let vm = match self.vms.get(&request.vm) {
             Ok(vm) => vm,
             // The same command again, after the VM has left: its disks may still be on their way.
@@ -89,18 +97,29 @@ impl Agent {
             vm.record.devices.iter().map(|name| self.device(name)).collect::<Result<Vec<_>, _>>()?;
         let kind = if dry_run { "check" } else { "migrate" };
         let operation = self.operations.begin(kind, &request.vm, &request.to, request.mode.name());
+        let (agent, to) = (Arc::clone(self), request.to.clone());
         let migration = Migration {
-            agent: Arc::clone(self),
+            leaving: Leaving { agent, vm, to, devices, departure: None, ran: false },
             operation: Arc::clone(&operation),
             request,
-            vm,
-            devices,
             began: Instant::now(),
+            marks: Vec::new(),
         };
         // In a task of its own: it comes to an end also if the caller goes away meanwhile.
         let checked = tokio::spawn(migration.check_then_conduct(dry_run)).await;
         checked.map_err(|error| AgentError::failed(error.to_string()))?;
         Ok(operation)
+    }
+
+    /// Waits until it is known how a migration has ended that an earlier agent had begun.
+    async fn settled(&self, vm: &str) -> Result<(), AgentError> {
+        let Ok(vm) = self.vms.get(vm) else { return Ok(()) };
+        let settled = tokio::time::timeout(SETTLED_WITHIN, vm.settling.lock()).await;
+        settled.map(drop).map_err(|_| {
+            let message =
+                format!("a migration of VM {} that was interrupted has not ended yet", vm.record.name);
+            AgentError::precheck(message).hint("`belay events` tells what it waits for")
+        })
     }
 }
 
@@ -111,11 +130,7 @@ impl Migration {
         method: &str,
         request: &Q,
     ) -> Result<A, AgentError> {
-        self.agent.call_host(&self.request.to, Duration::from_secs(limit_s), method, request).await
-    }
-
-    fn note(&self, message: impl Into<String>) {
-        self.agent.events.note("migration", None, Some(&self.request.vm), message);
+        self.leaving.agent.call_host(&self.request.to, Duration::from_secs(limit_s), method, request).await
     }
 
     fn check(&self, name: &str, outcome: Result<String, AgentError>) -> Result<(), AgentError> {
@@ -155,7 +170,7 @@ impl Migration {
         self.check("destination", reached.map_err(Clone::clone))?;
         let mut refusal = None;
         let mut keep = |outcome: Result<(), AgentError>| refusal = refusal.take().or(outcome.err());
-        let spec = self.vm.spec();
+        let spec = self.leaving.vm.spec();
         keep(self.check(
             "vm",
             spec.as_ref().map(|spec| format!("machine {}", spec.machine)).map_err(Clone::clone),
@@ -167,9 +182,10 @@ impl Migration {
                 keep(self.check(&check.name, outcome));
             }
         }
-        for device in &self.devices {
+        for device in &self.leaving.devices {
             let name = device.name();
-            let offer = self.agent.offer_device(device, &self.request.to, self.request.mode, true).await;
+            let offer =
+                self.leaving.agent.offer_device(device, &self.request.to, self.request.mode, true).await;
             let fits = offer.map(|_| format!("{name} is here, host {} has room for it", self.request.to));
             let fits = fits.map_err(|error| match error.code.as_str() {
                 "failed" => AgentError { code: "precheck".to_owned(), ..error },
@@ -182,66 +198,107 @@ impl Migration {
 
     /// What the destination says about the VM.
     async fn checked_there(&self) -> Result<Vec<Check>, AgentError> {
-        let qemu = self.vm.qmp().await?.version().to_string();
-        let spec = self.vm.record.spec.clone().unwrap_or_default();
+        let qemu = self.leaving.vm.qmp().await?.version().to_string();
+        let spec = self.leaving.vm.record.spec.clone().unwrap_or_default();
         // Long enough for a trial of KVM there.
         let checked: VmChecked = self.call(40, "check_vm", &VmCheck { spec, qemu }).await?;
         Ok(checked.checks)
     }
 
-    fn ids(&self) -> Vec<DeviceId> {
-        self.devices.iter().map(|device| device.identity().id).collect()
-    }
-
-    async fn conduct(self) {
-        self.note(format!("to {} begins", self.request.to));
-        match self.attempt().await {
-            Ok(report) => {
-                self.note(format!(
-                    "runs at {} after {:.0} ms, downtime {} ms, {} requests in flight",
-                    self.request.to,
-                    report.migration.running_at_destination_ms,
-                    report.migration.downtime_ms,
-                    report.handover.requests_in_flight
-                ));
-                self.operation.update(|view| {
-                    view.report = Some(report);
-                    view.state = "done".to_owned();
-                    view.phase = "done".to_owned();
-                    view.abortable = false;
-                });
-                self.follow().await;
+    async fn conduct(mut self) {
+        self.leaving.note(format!("to {} begins", self.request.to));
+        let error = match self.attempt().await {
+            Ok(moved) => {
+                self.operation.phase("finish", false);
+                return self.done(moved).await;
             }
-            Err(error) => self.take_back(error).await,
+            Err(error) => error,
+        };
+        self.operation.phase("finish", false);
+        self.leaving.note(format!("is being taken back: {error}"));
+        if !self.leaving.end().await {
+            let running_ms = self.began.elapsed().as_secs_f64() * 1e3;
+            self.leaving.note(format!("was too late to be taken back: runs at {}", self.request.to));
+            return self.ended(Moved { total_ms: 0, downtime_ms: 0, running_ms }).await;
         }
+        self.leaving.note(format!("is off: {error}"));
+        self.operation.update(|view| {
+            view.state = if error.code == "cancelled" { "cancelled".to_owned() } else { "failed".to_owned() };
+            view.error = Some(error);
+        });
     }
 
-    async fn attempt(&self) -> Result<Report, AgentError> {
+    /// The VM and its devices are there.
+    async fn done(&self, moved: Moved) {
+        let handover = self.figures().await;
+        if let Err(error) = self.leaving.finish().await {
+            self.leaving.note(format!("does not end here: {error}"));
+        }
+        self.report(moved, handover).await;
+    }
+
+    /// As [`Migration::done`], if it has been finished already.
+    async fn ended(&self, moved: Moved) {
+        let handover = self.figures().await;
+        self.report(moved, handover).await;
+    }
+
+    async fn report(&self, moved: Moved, handover: HandoverReport) {
+        self.leaving.note(format!(
+            "runs at {} after {:.0} ms, downtime {} ms, {} requests in flight",
+            self.request.to, moved.running_ms, moved.downtime_ms, handover.requests_in_flight
+        ));
+        let migration = MigrationFigures {
+            total_ms: moved.total_ms,
+            downtime_ms: moved.downtime_ms,
+            running_at_destination_ms: moved.running_ms,
+        };
+        self.operation.update(|view| {
+            view.report = Some(Report { migration, handover });
+            view.state = "done".to_owned();
+            view.phase = "done".to_owned();
+            view.abortable = false;
+        });
+        self.follow().await;
+    }
+
+    async fn attempt(&mut self) -> Result<Moved, AgentError> {
         self.operation.phase("prepare", true);
-        for device in &self.devices {
-            self.agent.offer_device(device, &self.request.to, self.request.mode, false).await?;
+        let qmp = self.leaving.vm.qmp().await?;
+        let ran = qmp.query_status().await.map_err(|error| self.failed(&error))?.running;
+        self.leaving.ran = ran;
+        // First of all: an agent that finds one of the offers after a restart shall know what it is for.
+        let way = MigratingRecord { to: self.request.to.clone(), ran };
+        self.leaving.agent.mark_migrating(&self.leaving.vm, Some(way)).await?;
+        if ran {
+            self.leave_together();
+        }
+        for device in &self.leaving.devices {
+            self.leaving.agent.offer_device(device, &self.request.to, self.request.mode, false).await?;
             self.abort_point()?;
         }
-        let spec = self.vm.record.spec.clone().unwrap_or_default();
+        self.marks = self.leaving.devices.iter().map(|device| device.mark()).collect();
+        let spec = self.leaving.vm.record.spec.clone().unwrap_or_default();
         let incoming: Incoming = self.call(60, "start_incoming", &StartIncoming { spec }).await?;
         self.abort_point()?;
         self.operation.phase("memory", true);
-        let qmp = self.vm.qmp().await?;
-        let total_ms = self.move_memory(&qmp, &incoming.uri).await?;
-        let downtime_ms = total_ms.1;
-        let running = self.began.elapsed().as_secs_f64() * 1e3;
-        self.operation.phase("finish", false);
-        let handover = self.figures().await;
-        let query = VmQuery { vm: self.request.vm.clone(), devices: self.ids() };
-        let told: Result<Done, AgentError> = self.call(30, "incoming_done", &query).await;
-        if let Err(error) = told {
-            self.note(format!("the destination could not be told that it is done: {error}"));
+        let moved = self.move_memory(&qmp, &incoming.uri).await?;
+        if ran {
+            self.leaving.give_unused();
+            self.leaving.wait_moved(None).await?;
         }
-        // Everything that was in flight has its memory here until its completion has been sent.
-        self.agent.stop_vm(&self.request.vm).await?;
-        let migration =
-            MigrationFigures { total_ms: total_ms.0, downtime_ms, running_at_destination_ms: running };
-        Ok(Report { migration, handover })
+        Ok(moved)
+    }
+
+    /// Its disks that are backed here are granted by one write. A VM that stands still claims nothing until it runs
+    /// again, which may be long after; its disks follow one by one.
+    fn leave_together(&mut self) {
+        let own =
+            self.leaving.devices.iter().filter(|device| matches!(device.role(), RoleRecord::Local { .. }));
+        let own: Vec<_> = own.map(|device| device.identity().id).collect();
+        if !own.is_empty() {
+            self.leaving.departure = Some(self.leaving.agent.open_departure(&self.request.to, own));
+        }
     }
 
     fn abort_point(&self) -> Result<(), AgentError> {
@@ -252,18 +309,25 @@ impl Migration {
         }
     }
 
-    /// QEMU's part; total time and downtime in milliseconds.
-    async fn move_memory(&self, qmp: &Qmp, uri: &str) -> Result<(u64, u64), AgentError> {
-        let failed =
-            |error: belay_vmm::QmpError| AgentError::failed(format!("VM {}: {error}", self.request.vm));
-        let configured = self.agent.config.vmm.migration_bandwidth_bytes_per_s;
+    fn failed(&self, error: &QmpError) -> AgentError {
+        AgentError::failed(format!("VM {}: {error}", self.request.vm))
+    }
+
+    /// QEMU's part. QEMU stops before the switchover and lets go of the VM when this agent says so: until then
+    /// nothing can run at the destination. (If that capability is on already, somebody else will say so.)
+    async fn move_memory(&self, qmp: &Qmp, uri: &str) -> Result<Moved, AgentError> {
+        let failed = |error| self.failed(&error);
+        let configured = self.leaving.agent.config.vmm.migration_bandwidth_bytes_per_s;
         let bandwidth =
             self.request.bandwidth.unwrap_or(if configured > 0 { configured } else { MEMORY_BANDWIDTH });
-        qmp.set_capabilities(&[(Capability::Events, true), (Capability::ReturnPath, true)])
-            .await
-            .map_err(failed)?;
+        let pause = Capability::PauseBeforeSwitchover;
+        let others = qmp.has_capability(pause).await.map_err(failed)?;
+        let wanted = [(Capability::Events, true), (Capability::ReturnPath, true), (pause, true)];
+        qmp.set_capabilities(&wanted).await.map_err(failed)?;
         qmp.set_migration_limits(Some(bandwidth), None).await.map_err(failed)?;
+        let mut events = qmp.events();
         qmp.migrate(uri).await.map_err(failed)?;
+        let mut let_go = false;
         loop {
             let info = qmp.query_migrate().await.map_err(failed)?;
             if let Some(ram) = info.ram {
@@ -272,7 +336,13 @@ impl Migration {
                 self.operation.update(|view| view.ram = Some(ram));
             }
             match info.status.as_deref().unwrap_or_default() {
-                "completed" => return Ok((info.total_time.unwrap_or(0), info.downtime.unwrap_or(0))),
+                "completed" => {
+                    return Ok(Moved {
+                        total_ms: info.total_time.unwrap_or(0),
+                        downtime_ms: info.downtime.unwrap_or(0),
+                        running_ms: self.began.elapsed().as_secs_f64() * 1e3,
+                    });
+                }
                 "failed" => {
                     let reason = info.error_desc.unwrap_or_else(|| "QEMU gives no reason".to_owned());
                     return Err(AgentError::failed(format!(
@@ -281,20 +351,46 @@ impl Migration {
                     )));
                 }
                 "cancelled" => return Err(AgentError::cancelled("the migration was cancelled")),
-                "device" | "pre-switchover" => self.operation.phase("switchover", true),
+                "pre-switchover" if !let_go => {
+                    self.may_go_on()?;
+                    self.operation.phase("switchover", others);
+                    if !others {
+                        // An abort that was asked for meanwhile comes too late: see `ask_abort`.
+                        self.abort_point()?;
+                        let_go = true;
+                        qmp.migrate_continue().await.map_err(failed)?;
+                    }
+                }
+                "device" => self.operation.phase("switchover", false),
+                _ if !let_go => self.may_go_on()?,
                 _ => {}
             }
-            if self.operation.wants_abort() {
-                qmp.migrate_cancel().await.map_err(failed)?;
-            }
-            tokio::time::sleep(POLL).await;
+            changed(&mut events).await;
         }
+    }
+
+    /// Before QEMU lets go of the VM: whether the migration may go on.
+    fn may_go_on(&self) -> Result<(), AgentError> {
+        self.abort_point()?;
+        for (device, mark) in self.leaving.devices.iter().zip(&self.marks) {
+            let name = device.name();
+            let to = &self.request.to;
+            if device.has_said(*mark, &format!("Link {{ peer: {to:?}, up: false")) {
+                return Err(AgentError::unreachable(format!(
+                    "device {name}: the connection to {to} was lost"
+                )));
+            }
+            if device.has_said(*mark, "Vmm { connected: false") {
+                return Err(AgentError::failed(format!("device {name}: the VM's connection to it was lost")));
+            }
+        }
+        Ok(())
     }
 
     /// What the destination measured; the gap is that of hosts that share a clock, as in a demonstration.
     async fn figures(&self) -> HandoverReport {
         let mut report = HandoverReport::default();
-        for device in &self.devices {
+        for device in &self.leaving.devices {
             let state = self.first_completion(device).await;
             let Some(state) = state else { continue };
             let here = *device.figures.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -312,7 +408,9 @@ impl Migration {
     /// The device's state at the destination once its guest has had a completion there (or has none to wait for).
     async fn first_completion(&self, device: &Managed) -> Option<DeviceState> {
         let query = DeviceQuery { id: device.identity().id };
-        let deadline = Instant::now() + Duration::from_secs(3);
+        // A disk that its guest has not used here is not waited for.
+        let used = device.snapshot().last_completion_ns > 0;
+        let deadline = Instant::now() + Duration::from_secs(if used { 3 } else { 0 });
         loop {
             let state: Option<DeviceState> = self.call(5, "device_state", &query).await.ok();
             let there = state.as_ref().is_some_and(|state| state.view.first_completion_ns > 0);
@@ -321,44 +419,6 @@ impl Migration {
             }
             tokio::time::sleep(POLL).await;
         }
-    }
-
-    /// The VM goes on here, unless its devices have moved.
-    async fn take_back(&self, error: AgentError) {
-        self.operation.phase("finish", false);
-        let mut gone = Vec::new();
-        for device in &self.devices {
-            let _moving = device.moving.lock().await;
-            if self.agent.withdraw_here(device).await.is_err() {
-                gone.push(device.name());
-            }
-        }
-        let error = if gone.is_empty() {
-            let query = VmQuery { vm: self.request.vm.clone(), devices: self.ids() };
-            let told: Result<Done, AgentError> = self.call(30, "abort_incoming", &query).await;
-            if let Err(told) = told {
-                self.note(format!("the destination could not be told: {told}"));
-            }
-            if let Ok(qmp) = self.vm.qmp().await
-                && qmp.query_status().await.is_ok_and(|state| state.status != "running")
-            {
-                let _ = qmp.cont().await;
-            }
-            error
-        } else {
-            AgentError::fenced(format!(
-                "{}; but {} belongs to {} already",
-                error.message,
-                gone.join(", "),
-                self.request.to
-            ))
-            .hint(format!("the VM goes on at {}: look there with `belay status`", self.request.to))
-        };
-        self.note(format!("is off: {error}"));
-        self.operation.update(|view| {
-            view.state = if error.code == "cancelled" { "cancelled".to_owned() } else { "failed".to_owned() };
-            view.error = Some(error);
-        });
     }
 
     /// Shows the exchange at the destination for as long as it runs.
@@ -370,7 +430,7 @@ impl Migration {
         while silent < 100 {
             let mut running = false;
             let mut devices = Vec::new();
-            for device in &self.devices {
+            for device in &self.leaving.devices {
                 let query = DeviceQuery { id: device.identity().id };
                 let state: Result<DeviceState, AgentError> = self.call(5, "device_state", &query).await;
                 match state {
@@ -399,4 +459,19 @@ impl Migration {
             tokio::time::sleep(FOLLOW_POLL).await;
         }
     }
+}
+
+/// Waits until QEMU says that the migration has got further, or for a while.
+async fn changed(events: &mut broadcast::Receiver<belay_vmm::Event>) {
+    let further = async {
+        loop {
+            match events.recv().await {
+                Ok(event) if event.name == "MIGRATION" => return,
+                Ok(_) => {}
+                Err(broadcast::error::RecvError::Lagged(_)) => return,
+                Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
+            }
+        }
+    };
+    let _ = tokio::time::timeout(POLL, further).await;
 }

@@ -242,6 +242,13 @@ impl Agent {
         let Some(offer) = device.record().offered else {
             return Ok(WithdrawView { device: name, was_offered_to: None, not_told: None });
         };
+        if self.departure_of(device.identity().id).is_some() {
+            return Err(AgentError::precheck(format!(
+                "device {name} is migrating with its VM to {}",
+                offer.to
+            ))
+            .hint("end `belay migrate` with Ctrl-C: that takes the whole VM back"));
+        }
         self.withdraw_here(device).await?;
         self.events.note("handover", Some(&name), None, format!("the offer to {} is withdrawn", offer.to));
         let list = DeviceList { devices: vec![device.identity().id] };
@@ -268,7 +275,11 @@ impl Agent {
         self.record_offer(device, None).await
     }
 
-    async fn record_offer(&self, device: &Managed, offered: Option<OfferRecord>) -> Result<(), AgentError> {
+    pub(crate) async fn record_offer(
+        &self,
+        device: &Managed,
+        offered: Option<OfferRecord>,
+    ) -> Result<(), AgentError> {
         let _writing = device.writing.lock().await;
         let record = device.record();
         // An offer is of a device whose guest is here, and ends with the change of its role.

@@ -122,6 +122,21 @@ pub struct VmQuery {
     pub devices: Vec<DeviceId>,
 }
 
+/// `incoming_state`: how is the VM that comes from here?
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct IncomingState {
+    /// QEMU's run state, or `gone`.
+    pub state: String,
+}
+
+impl IncomingState {
+    /// Whether its memory is there: it runs, or could.
+    #[must_use]
+    pub fn has_arrived(&self) -> bool {
+        !matches!(self.state.as_str(), "gone" | "inmigrate" | "prelaunch")
+    }
+}
+
 /// `commit_cut`: everything is here, let go.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct CommitCut {
@@ -155,9 +170,12 @@ impl ControlHandler for Peers {
                 let request: DeviceList = parse(body).map_err(rpc)?;
                 self.0.abort_prepared(&peer, &request.devices).await.map(|()| Done {}).and_then(answer)
             }
-            "check_vm" => self.0.check_vm(parse(body).map_err(rpc)?).await.and_then(answer),
+            "check_vm" => self.0.check_vm(&peer, parse(body).map_err(rpc)?).await.and_then(answer),
             "start_incoming" => {
                 self.0.start_incoming(&peer, parse(body).map_err(rpc)?).await.and_then(answer)
+            }
+            "incoming_state" => {
+                self.0.incoming_state(&peer, parse(body).map_err(rpc)?).await.and_then(answer)
             }
             "incoming_done" => self.0.incoming_done(&peer, parse(body).map_err(rpc)?).await.and_then(answer),
             "abort_incoming" => {

@@ -12,8 +12,8 @@ use serde::Serialize;
 
 use crate::agent::Agent;
 use crate::error::AgentError;
-use crate::ledger::{SCHEMA, VmRecord};
-use crate::peer::{Done, Incoming, StartIncoming, VmQuery};
+use crate::ledger::{MigratingRecord, RoleRecord, SCHEMA, VmRecord};
+use crate::peer::{Done, Incoming, IncomingState, StartIncoming, VmQuery};
 
 /// How long a QEMU that was started may take to serve QMP.
 const QMP_WITHIN: Duration = Duration::from_secs(20);
@@ -24,8 +24,17 @@ pub struct Vm {
     pub record: VmRecord,
     /// Its QMP connection, opened when first needed.
     qmp: tokio::sync::Mutex<Option<Qmp>>,
-    /// The host from which its memory is to come, while it waits for that.
-    incoming: Mutex<Option<String>>,
+    /// What has changed of its record since.
+    way: Mutex<Way>,
+    /// Held while it is found out how a migration ended that an earlier agent had begun.
+    pub(crate) settling: Arc<tokio::sync::Mutex<()>>,
+}
+
+/// A VM's way between hosts, as in its record.
+#[derive(Clone, Debug, Default)]
+struct Way {
+    migrating: Option<MigratingRecord>,
+    incoming: Option<String>,
 }
 
 /// A QEMU, a kernel, and whether KVM works with them.
@@ -56,8 +65,22 @@ pub struct VmView {
 
 impl Vm {
     /// Whether it waits for its memory from this host.
-    fn comes_from(&self, peer: &str) -> bool {
-        self.incoming.lock().unwrap_or_else(std::sync::PoisonError::into_inner).as_deref() == Some(peer)
+    pub(crate) fn comes_from(&self, peer: &str) -> bool {
+        self.way().incoming.as_deref() == Some(peer)
+    }
+
+    fn way(&self) -> Way {
+        self.way.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    /// The migration that it is on.
+    pub(crate) fn migrating(&self) -> Option<MigratingRecord> {
+        self.way().migrating
+    }
+
+    /// Whether its process lives.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.process().is_none_or(ProcessId::is_alive)
     }
 
     pub(crate) fn process(&self) -> Option<ProcessId> {
@@ -128,9 +151,15 @@ impl Vms {
         self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).values().cloned().collect()
     }
 
-    pub(crate) fn insert(&self, record: VmRecord, incoming: Option<String>, qmp: Option<Qmp>) -> Arc<Vm> {
+    pub(crate) fn insert(&self, record: VmRecord, qmp: Option<Qmp>) -> Arc<Vm> {
         let name = record.name.clone();
-        let vm = Arc::new(Vm { record, qmp: tokio::sync::Mutex::new(qmp), incoming: Mutex::new(incoming) });
+        let way = Way { migrating: record.migrating.clone(), incoming: record.incoming.clone() };
+        let vm = Arc::new(Vm {
+            record,
+            qmp: tokio::sync::Mutex::new(qmp),
+            way: Mutex::new(way),
+            settling: Arc::default(),
+        });
         self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(name, Arc::clone(&vm));
         vm
     }
@@ -156,8 +185,8 @@ impl Agent {
                 .clone()
                 .and_then(|p| serde_json::from_value::<ProcessId>(p).ok())
                 .is_none_or(ProcessId::is_alive);
-            if alive {
-                self.vms.insert(record, None, None);
+            if alive || record.migrating.is_some() {
+                self.vms.insert(record, None);
             } else {
                 self.events.note("vm", None, Some(&record.name), "ended while the agent was away");
                 self.ledger.remove_vm(&record.name)?;
@@ -281,9 +310,11 @@ impl Agent {
             qmp: qmp_socket.clone(),
             process: Some(serde_json::to_value(process.id()).map_err(failed)?),
             devices: spec.disks.iter().map(|disk| disk.device.clone()).collect(),
+            migrating: None,
+            incoming: from.map(str::to_owned),
         };
         self.ledger.put_vm(&record)?;
-        let vm = self.vms.insert(record, from.map(str::to_owned), None);
+        let vm = self.vms.insert(record, None);
         let connected = tokio::select! {
             connected = Qmp::connect(&qmp_socket, QMP_WITHIN) => connected.map_err(failed),
             _ = process.exited() => Err(failed("QEMU ended at once")),
@@ -338,7 +369,6 @@ impl Agent {
 
     /// A peer may start a VM here only with disks that it has offered to this host, or that it gives back.
     fn check_offered(&self, peer: &str, spec: &VmSpec) -> Result<(), AgentError> {
-        use crate::ledger::RoleRecord;
         let offered = |name: &str| {
             self.device(name).is_ok_and(|device| match device.role() {
                 RoleRecord::Prepared { from, .. } => from == peer,
@@ -396,6 +426,12 @@ impl Agent {
         if let Some(forbidden) = self.forbidden(&spec).first() {
             return Err(AgentError::precheck(format!("VM {}, host {}: {forbidden}", spec.name, self.host())));
         }
+        if let Ok(left) = self.vms.get(&spec.name)
+            && left.comes_from(peer)
+        {
+            // Of an attempt that was given up there; its disks are not here, they have just been offered.
+            self.stop_vm(&spec.name).await?;
+        }
         // Which program runs here is for this host to say, not for the one that asks.
         spec.qemu = None;
         let qemu = Qemu::find(self.config.vmm.qemu.as_deref()).await.map_err(failed)?;
@@ -440,9 +476,49 @@ impl Agent {
             .ok()
             .filter(|vm| vm.comes_from(peer))
             .ok_or_else(|| AgentError::fenced(format!("VM {} does not come from {peer}", request.vm)))?;
-        *vm.incoming.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+        self.set_way(&vm, |way| way.incoming = None).await?;
         self.events.note("migration", None, Some(&request.vm), "runs here");
         Ok(Done {})
+    }
+
+    /// As a destination: how the VM is that comes from there.
+    pub(crate) async fn incoming_state(
+        &self,
+        peer: &str,
+        request: VmQuery,
+    ) -> Result<IncomingState, AgentError> {
+        let Ok(vm) = self.vms.get(&request.vm) else {
+            return Ok(IncomingState { state: "gone".to_owned() });
+        };
+        if !vm.comes_from(peer) {
+            return Err(AgentError::fenced(format!("VM {} does not come from {peer}", request.vm)));
+        }
+        if !vm.is_alive() {
+            return Ok(IncomingState { state: "gone".to_owned() });
+        }
+        let state = vm.qmp().await?.query_status().await.map_err(failed)?.status;
+        Ok(IncomingState { state })
+    }
+
+    /// Changes where a VM is on its way, durably.
+    async fn set_way(&self, vm: &Vm, change: impl FnOnce(&mut Way)) -> Result<(), AgentError> {
+        let mut way = vm.way();
+        change(&mut way);
+        let Way { migrating, incoming } = way.clone();
+        let record = VmRecord { migrating, incoming, ..vm.record.clone() };
+        let ledger = Arc::clone(&self.ledger);
+        tokio::task::spawn_blocking(move || ledger.put_vm(&record)).await.map_err(failed)??;
+        *vm.way.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = way;
+        Ok(())
+    }
+
+    /// Writes down that a VM is on its way; `None`: it is not.
+    pub(crate) async fn mark_migrating(
+        &self,
+        vm: &Vm,
+        migrating: Option<MigratingRecord>,
+    ) -> Result<(), AgentError> {
+        self.set_way(vm, |way| way.migrating = migrating).await
     }
 
     /// As a destination: the migration is off.
@@ -450,6 +526,10 @@ impl Agent {
         if let Ok(vm) = self.vms.get(&request.vm)
             && vm.comes_from(peer)
         {
+            let is_here = |name: &String| self.device(name).is_ok_and(|device| device.role().is_guest_here());
+            if vm.record.devices.iter().any(is_here) {
+                return Err(AgentError::fenced(format!("VM {} is here: so are its disks", request.vm)));
+            }
             self.stop_vm(&request.vm).await?;
         }
         self.abort_prepared(peer, &request.devices).await?;

@@ -92,6 +92,9 @@ pub enum Command {
     },
     /// The offer is withdrawn. Refused by [`Notice::WithdrawTooLate`] after the claim.
     Withdraw,
+    /// The guest has left, and does not use this device: its rings do not run, nothing is in flight, so nobody will
+    /// claim it. The host that it is offered to has it, as if it had ([`Notice::Claimed`]). Otherwise ignored.
+    GiveAway,
     /// A peer's data connection whose OPEN has been read.
     Accept {
         /// The connection.

@@ -220,6 +220,17 @@ impl Device {
         self.borrower_event(BorrowerEvent::Withdraw);
     }
 
+    /// Claims the device for the host that it is offered to.
+    pub(crate) fn give_away(&mut self) {
+        let claim = match &self.handover {
+            Handover::Source(source) => source.claim_of_unused(),
+            _ => None,
+        };
+        if let Some(claim) = claim {
+            let _ = self.source_event(claim);
+        }
+    }
+
     pub(crate) fn successor_opened(&mut self) {
         let _ = self.source_event(SourceEvent::SuccessorOpened);
     }

@@ -64,6 +64,8 @@ pub struct Snapshot {
     pub epoch: u64,
     /// Whether a VMM is connected.
     pub vmm_connected: bool,
+    /// It is, and has not said anything yet.
+    pub vmm_silent: bool,
     /// Rings that run.
     pub rings_running: u32,
     /// Guest requests in flight here.

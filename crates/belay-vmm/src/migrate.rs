@@ -115,6 +115,16 @@ impl Qmp {
         self.execute("migrate-set-capabilities", json!({ "capabilities": list })).await.map(drop)
     }
 
+    /// Whether a migration capability is on.
+    ///
+    /// # Errors
+    ///
+    /// The connection's end.
+    pub async fn has_capability(&self, capability: Capability) -> Result<bool, QmpError> {
+        let all: Vec<Value> = self.query("query-migrate-capabilities").await?;
+        Ok(all.iter().any(|entry| entry["capability"] == capability.name() && entry["state"] == true))
+    }
+
     /// Sets the most that the migration may send, bytes per second (QEMU's default is only 128 MiB/s), and the
     /// longest standstill at which it switches over. Works while it runs. `None` leaves a value as it is.
     ///

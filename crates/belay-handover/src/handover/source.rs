@@ -241,6 +241,20 @@ impl Source {
         }
     }
 
+    /// The claim that the host which this device is offered to would make, if nothing is in flight and no ring runs: a
+    /// guest that has left without using the device never starts its rings there.
+    #[must_use]
+    pub fn claim_of_unused(&self) -> Option<SourceEvent> {
+        match &self.state {
+            State::Parked { to } if self.parked.requests.is_empty() => Some(SourceEvent::Claim {
+                by: to.clone(),
+                epoch: self.epoch.next(),
+                generation: self.generation,
+            }),
+            _ => None,
+        }
+    }
+
     /// The state's name, for people.
     #[must_use]
     pub fn name(&self) -> &'static str {

@@ -1,5 +1,9 @@
 //! Agents that are killed or ended under I/O: the guest sees latency, and nothing else.
 
+use anyhow::Result;
+use belay_e2e::{Bed, until};
+use serde_json::json;
+
 use super::boot::DELAY;
 use super::{migrate, with_bed};
 
@@ -115,6 +119,111 @@ fn limit_of_a_copy_is_kept_when_its_agent_is_killed() {
         }
         bed.b.belay(&["exchange", &guest.disk, "--bandwidth", "100M"])?;
         bed.b.wait_device(&guest.disk, "local")?;
+        guest.goes_on(&bed.b, 4).map(drop)
+    });
+}
+
+/// Where a migration stands when an agent is killed.
+#[derive(Clone, Copy, Debug)]
+enum Moment {
+    /// Memory is on its way.
+    Memory,
+    /// The rings have stopped.
+    PreSwitchover,
+}
+
+/// Kills an agent while the VM migrates, starts it again, and lets the migration end as it will: the guest must go
+/// on, on one of the hosts, and be able to migrate again.
+fn agent_killed_while_migrating(bed: &mut Bed, source: bool, moment: Moment) -> Result<()> {
+    let guest = bed.a.run_boot_guest("vm", "50ms")?;
+    guest.goes_on(&bed.a, 2)?;
+    let mut qmp = bed.a.qmp(&guest.vm)?;
+    let mut arguments = vec!["migrate", &guest.vm, bed.b.name];
+    match moment {
+        Moment::Memory => arguments.extend(["--bandwidth", "20K"]),
+        Moment::PreSwitchover => qmp.pause_before_switchover(true)?,
+    }
+    let command = bed.a.spawn(&arguments)?;
+    match moment {
+        Moment::Memory => until("memory on its way", || Ok((qmp.migration()? == "active").then_some(())))?,
+        Moment::PreSwitchover => qmp.wait_pre_switchover()?,
+    }
+    let host = if source { &mut bed.a } else { &mut bed.b };
+    host.kill_agent()?;
+    host.start_agent()?;
+    // Whoever has not given the migration up yet goes on with it.
+    let _ = match moment {
+        Moment::Memory => {
+            qmp.execute("migrate-set-parameters", &json!({ "max-bandwidth": 1u64 << 30 })).map(drop)
+        }
+        Moment::PreSwitchover => qmp.continue_migration(),
+    };
+    let before = [&bed.a, &bed.b].map(|host| guest.counts(host));
+    let (before_a, before_b) = match before {
+        [Ok(a), Ok(b)] => (a.written + a.read, b.written + b.read),
+        [a, b] => return a.and(b).map(drop),
+    };
+    drop(command.wait()?);
+    let at_a = until("the guest going on", || {
+        let (a, b) = (guest.counts(&bed.a)?, guest.counts(&bed.b)?);
+        let (a, b) = (a.written + a.read, b.written + b.read);
+        Ok((a >= before_a + 20 || b >= before_b + 20).then_some(a >= before_a + 20))
+    })?;
+    drop(qmp);
+    let (from, to) = if at_a { (&bed.a, &bed.b) } else { (&bed.b, &bed.a) };
+    from.wait_device(&guest.disk, "local")?;
+    until("the other host having let go", || Ok(to.vm_pid(&guest.vm).is_none().then_some(())))?;
+    if at_a {
+        bed.a.qmp(&guest.vm)?.pause_before_switchover(false)?;
+    }
+    migrate(from, to, &guest.vm, &[])?;
+    guest.goes_on(to, 4).map(drop)
+}
+
+#[test]
+fn source_agent_killed_while_memory_moves_leaves_a_guest_that_goes_on() {
+    with_bed(|bed| agent_killed_while_migrating(bed, true, Moment::Memory));
+}
+
+#[test]
+fn source_agent_killed_before_the_switchover_leaves_a_guest_that_goes_on() {
+    with_bed(|bed| agent_killed_while_migrating(bed, true, Moment::PreSwitchover));
+}
+
+#[test]
+fn destination_agent_killed_while_memory_moves_leaves_a_guest_that_goes_on() {
+    with_bed(|bed| agent_killed_while_migrating(bed, false, Moment::Memory));
+}
+
+#[test]
+fn destination_agent_killed_before_the_switchover_leaves_a_guest_that_goes_on() {
+    with_bed(|bed| agent_killed_while_migrating(bed, false, Moment::PreSwitchover));
+}
+
+/// QEMU does not notice that its disk's agent has gone away while it is paused.
+#[test]
+fn vm_that_is_paused_while_its_agent_is_killed_goes_on() {
+    with_bed(|bed| {
+        let guest = bed.a.run_boot_guest("vm", "20ms")?;
+        for restart_first in [true, false] {
+            guest.goes_on(&bed.a, 4)?;
+            let mut qmp = bed.a.qmp(&guest.vm)?;
+            qmp.run("stop")?;
+            bed.a.kill_agent()?;
+            if restart_first {
+                bed.a.start_agent()?;
+                until("the VM's connection", || {
+                    Ok((bed.a.device(&guest.disk)?["vmm_connected"] == true).then_some(()))
+                })?;
+            }
+            qmp.run("cont")?;
+            if !restart_first {
+                bed.a.start_agent()?;
+            }
+            drop(qmp);
+            guest.goes_on(&bed.a, 4)?;
+        }
+        migrate(&bed.a, &bed.b, &guest.vm, &[])?;
         guest.goes_on(&bed.b, 4).map(drop)
     });
 }

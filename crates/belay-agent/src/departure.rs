@@ -1,0 +1,183 @@
+//! The devices of a VM that migrates leave together.
+//!
+//! The grant of a device is a write in the ledger. Were each disk of a VM granted by a write of its own, a fault
+//! between two of them would leave the VM's disks on two hosts. So the claims are kept until every disk has been
+//! claimed, and one write grants them all:
+//!
+//! ```text
+//!          claims come in                  the last one: one write, then every grant
+//!   Open ─────────────────▶ Open ────────────────────────────────────────────────────▶ over: the VM is there
+//!     └──────────────────────┴──▶ Off: claims are refused; once all offers are withdrawn, over: the VM is here
+//! ```
+//! A disk that its guest does not use is never claimed: the conductor gives it away (`Command::GiveAway`) when
+//! the VM has arrived.
+
+use std::sync::{Arc, PoisonError};
+
+use belay_attach::Command;
+use belay_wire::{DeviceId, Epoch};
+
+use crate::agent::Agent;
+use crate::device::Managed;
+use crate::error::AgentError;
+use crate::ledger::{DeviceRecord, RoleRecord, allowed};
+
+/// A device that another host has asked for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Claim {
+    device: DeviceId,
+    epoch: Epoch,
+    in_flight: u64,
+}
+
+#[derive(Debug)]
+enum State {
+    Open(Vec<Claim>),
+    Off,
+    Committed,
+}
+
+/// Devices of one VM that go to one host, all or none.
+pub(crate) struct Departure {
+    to: String,
+    devices: Vec<DeviceId>,
+    /// Held while the ledger is written: a withdrawal waits for the outcome.
+    state: tokio::sync::Mutex<State>,
+}
+
+impl Departure {
+    fn has(&self, device: DeviceId) -> bool {
+        self.devices.contains(&device)
+    }
+
+    /// Whether every device has been granted.
+    pub(crate) async fn is_committed(&self) -> bool {
+        matches!(*self.state.lock().await, State::Committed)
+    }
+}
+
+impl Agent {
+    /// From now on these devices, all of them backed by this host, are granted to `to` together.
+    pub(crate) fn open_departure(&self, to: &str, devices: Vec<DeviceId>) -> Arc<Departure> {
+        let departure =
+            Departure { to: to.to_owned(), devices, state: tokio::sync::Mutex::new(State::Open(Vec::new())) };
+        let departure = Arc::new(departure);
+        let mut all = self.departures.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|present| !present.devices.iter().any(|device| departure.has(*device)));
+        all.push(Arc::clone(&departure));
+        departure
+    }
+
+    /// It is over: what is offered from now on is offered by itself.
+    pub(crate) fn close_departure(&self, departure: &Arc<Departure>) {
+        let mut all = self.departures.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|present| !Arc::ptr_eq(present, departure));
+    }
+
+    /// The departure that a device belongs to.
+    pub(crate) fn departure_of(&self, device: DeviceId) -> Option<Arc<Departure>> {
+        let all = self.departures.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter().find(|departure| departure.has(device)).cloned()
+    }
+
+    /// From now on nothing is granted, and what has been claimed is refused. `false`: all of it has been granted.
+    pub(crate) async fn call_off(&self, departure: &Departure) -> bool {
+        let mut state = departure.state.lock().await;
+        match std::mem::replace(&mut *state, State::Off) {
+            State::Committed => {
+                *state = State::Committed;
+                false
+            }
+            State::Off => true,
+            State::Open(claims) => {
+                for claim in claims {
+                    self.refuse(claim, "the migration was taken back");
+                }
+                true
+            }
+        }
+    }
+
+    fn refuse(&self, claim: Claim, reason: &str) {
+        if let Some(device) = self.device_by_id(claim.device) {
+            device.send(Command::GrantFailed { epoch: claim.epoch, reason: reason.to_owned() });
+        }
+    }
+
+    /// A device was claimed. The commit point of a handover is in here: the grant becomes durable.
+    pub(crate) async fn grant(&self, device: &Managed, by: &str, epoch: Epoch, in_flight: u64) {
+        let claim = Claim { device: device.identity().id, epoch, in_flight };
+        let departure = self.departure_of(claim.device).filter(|departure| departure.to == by);
+        let Some(departure) = departure else {
+            if let Err(error) = self.grant_all(&[claim], by).await {
+                self.refuse(claim, &error.message);
+            }
+            return;
+        };
+        let mut state = departure.state.lock().await;
+        let State::Open(claims) = &mut *state else {
+            self.refuse(claim, "the migration was taken back");
+            return;
+        };
+        claims.retain(|present| present.device != claim.device);
+        claims.push(claim);
+        if claims.len() < departure.devices.len() {
+            tracing::debug!(device = %device.name(), %by, "claimed; the VM's other devices are not yet");
+            return;
+        }
+        let claims = std::mem::take(claims);
+        match self.grant_all(&claims, by).await {
+            Ok(()) => {
+                *state = State::Committed;
+                drop(state);
+                self.close_departure(&departure);
+            }
+            Err(error) => {
+                *state = State::Off;
+                for claim in claims {
+                    self.refuse(claim, &error.message);
+                }
+            }
+        }
+    }
+
+    /// Writes the grants of these claims with one write, then lets the devices go.
+    async fn grant_all(&self, claims: &[Claim], to: &str) -> Result<(), AgentError> {
+        let mut devices = Vec::new();
+        for claim in claims {
+            let device = self.device_by_id(claim.device);
+            devices.push(device.ok_or_else(|| AgentError::failed("the device is not here any more"))?);
+        }
+        let mut locks = Vec::new();
+        let mut records = Vec::new();
+        for (device, claim) in devices.iter().zip(claims) {
+            locks.push(device.writing.lock().await);
+            records.push(granted(device.record(), claim.epoch, to)?);
+        }
+        self.write_records(records.clone()).await?;
+        for ((device, claim), record) in devices.iter().zip(claims).zip(records) {
+            device.set_record(record);
+            // The destination's word may come after the report is made.
+            device.figures.lock().unwrap_or_else(PoisonError::into_inner).requests_in_flight =
+                claim.in_flight;
+            device.send(Command::GrantDurable { epoch: claim.epoch });
+        }
+        for (device, claim) in devices.iter().zip(claims) {
+            let message = format!("{to} claimed it with {} requests in flight", claim.in_flight);
+            self.events.note("handover", Some(&device.name()), None, message);
+        }
+        Ok(())
+    }
+}
+
+/// The record of a device that is granted, unless it cannot be.
+fn granted(record: DeviceRecord, epoch: Epoch, to: &str) -> Result<DeviceRecord, AgentError> {
+    let RoleRecord::Local { backend } = &record.role else {
+        return Err(AgentError::failed(format!("the ledger says {:?}", record.role)));
+    };
+    let role = RoleRecord::Lent { backend: backend.clone(), to: to.to_owned() };
+    if epoch <= record.epoch || !allowed(&record.role, &role) {
+        return Err(AgentError::fenced(format!("it is in epoch {} already, not {epoch}", record.epoch)));
+    }
+    Ok(DeviceRecord { epoch, role, offered: None, bandwidth: None, ..record })
+}

@@ -25,6 +25,14 @@ fn test_arguments(vm: &str) -> String {
     )
 }
 
+fn boot_specification(vm: &str, lines: &str, disks: &str) -> String {
+    format!(
+        "name = {vm:?}\nmemory_mib = 32\n{lines}\ndisks = [{disks}]\n\
+         args = [\"-serial\", \"file:{{runtime_dir}}/{vm}.serial\", {}]\n",
+        test_arguments(vm)
+    )
+}
+
 /// What a guest has reported.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
@@ -55,19 +63,28 @@ impl Host {
         self.run_boot_guest_with(vm, delay, "accel = \"tcg\"")
     }
 
+    /// As [`Host::run_boot_guest`], with a second disk of this name: half of the blocks are on it.
+    ///
+    /// # Errors
+    /// As [`Host::run_boot_guest`].
+    pub fn run_boot_guest_with_two_disks(&self, vm: &str, delay: &str, second: &str) -> Result<BootGuest> {
+        let guest = self.add_boot_disk(vm, delay)?;
+        let path = self.images.join(format!("{second}-original.img"));
+        std::fs::File::create(&path)?.set_len(BOOT_DISK_BYTES)?;
+        self.belay(&["device", "add", second, "--path", &path.display().to_string(), "--delay", delay])?;
+        let disks = format!("{{ device = {:?}, boot_index = 0 }}, {{ device = {second:?} }}", guest.disk);
+        self.run_vm(vm, &boot_specification(vm, "accel = \"tcg\"", &disks))?;
+        Ok(guest)
+    }
+
     /// As [`Host::run_boot_guest`], with these lines in the VM's specification.
     ///
     /// # Errors
     /// As [`Host::run_boot_guest`].
     pub fn run_boot_guest_with(&self, vm: &str, delay: &str, lines: &str) -> Result<BootGuest> {
         let guest = self.add_boot_disk(vm, delay)?;
-        let specification = format!(
-            "name = {vm:?}\nmemory_mib = 32\n{lines}\ndisks = [{{ device = {:?}, boot_index = 0 }}]\n\
-             args = [\"-serial\", \"file:{{runtime_dir}}/{vm}.serial\", {}]\n",
-            guest.disk,
-            test_arguments(vm)
-        );
-        self.run_vm(vm, &specification)?;
+        let disks = format!("{{ device = {:?}, boot_index = 0 }}", guest.disk);
+        self.run_vm(vm, &boot_specification(vm, lines, &disks))?;
         Ok(guest)
     }
 

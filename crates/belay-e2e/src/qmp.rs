@@ -94,6 +94,14 @@ impl Qmp {
         until("pre-switchover", || Ok((self.migration()? == "pre-switchover").then_some(())))
     }
 
+    /// Cancels a migration away from here, whatever the agent thinks of it.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn cancel_migration(&mut self) -> Result<()> {
+        self.run("migrate_cancel")
+    }
+
     /// Lets such a migration go on.
     ///
     /// # Errors

@@ -12,6 +12,8 @@
 //!                                              INT 13h failed        → 'E'
 //! ```
 //!
+//! If there is a second disk, blocks with an odd number are on it, at the same place.
+//!
 //! The pattern is 2,048 words, beginning with the version and growing by [`PATTERN_STEP`]; a stale, torn or
 //! misplaced block differs in every word.
 
@@ -42,6 +44,8 @@ const ORIGIN: u16 = 0x7c00;
 const TABLE: u16 = 0x7e00;
 /// Version counter, one word.
 const VERSION: u16 = 0x7f00;
+/// Where the firmware says how many hard disks there are, one byte.
+const DISKS: u16 = 0x475;
 /// Boot drive, one byte.
 const DRIVE: u16 = 0x7f02;
 /// INT 13h's disk address packet, 16 bytes.
@@ -145,6 +149,13 @@ fn subroutines(asm: &mut Asm) {
     asm.op_word(&[0x81, 0xc3], TABLE); //         add bx, TABLE
     asm.bytes(&[0x53]); //                        push bx
     asm.op_word(&[0x8a, 0x16], DRIVE); //         mov dl, [DRIVE]
+    asm.op_word(&[0x80, 0x3e], DISKS); //         cmp byte [DISKS], 2
+    asm.bytes(&[2]);
+    asm.jump(&[0x72], "this_drive"); //           jb this_drive
+    asm.bytes(&[0xf6, 0xc3, 2]); //               test bl, 2        ; the block's lowest bit
+    asm.jump(&[0x74], "this_drive"); //           jz this_drive
+    asm.bytes(&[0xfe, 0xc2]); //                  inc dl
+    asm.label("this_drive");
     asm.op_word(&[0xbe], PACKET); //              mov si, PACKET
     asm.bytes(&[0xb0, 0x00]); //                  mov al, 0         ; write without verify
     asm.bytes(&[0xcd, 0x13]); //                  int 13h

@@ -70,7 +70,7 @@ fn vm_with_a_disk_that_is_only_here_is_not_adopted_and_goes_on() {
     with_bed(|bed| {
         let guest = bed.a.add_boot_disk("vm", "2ms")?;
         let local = bed.a.folder.join("local.img");
-        std::fs::File::create(&local)?.set_len(1 << 20)?;
+        std::fs::File::create(&local)?.set_len(4 << 20)?;
         let more = format!("-drive if=virtio,format=raw,file={}", local.display());
         let _qemu = by_hand(&bed.a, &guest, &more)?;
         let command = bed.a.spawn(&["vm", "adopt", "vm", "--qmp", &own_qmp(&bed.a)])?;

@@ -7,6 +7,7 @@ mod adopt;
 mod agents;
 mod arguments;
 mod boot;
+mod disks;
 mod home;
 mod linux;
 mod stops;

@@ -1,0 +1,160 @@
+//! VMs with two disks: both move, or none.
+
+use anyhow::{Result, ensure};
+use belay_e2e::{Bed, BootGuest, Host, until};
+use rustix::process::Signal;
+
+use super::boot::DELAY;
+use super::{in_flight, migrate, with_bed};
+
+const SECOND: &str = "second";
+
+fn wait_both(host: &Host, guest: &BootGuest, state: &str) -> Result<()> {
+    host.wait_device(&guest.disk, state)?;
+    host.wait_device(SECOND, state)
+}
+
+fn run(bed: &Bed, delay: &str) -> Result<BootGuest> {
+    let guest = bed.a.run_boot_guest_with_two_disks("vm", delay, SECOND)?;
+    guest.goes_on(&bed.a, 8)?;
+    let used = bed.a.device(SECOND)?;
+    ensure!(used["written_bytes"].as_u64() > Some(0), "the guest does not use its second disk: {used}");
+    Ok(guest)
+}
+
+#[test]
+fn two_disks_go_there_and_back_with_requests_in_flight() {
+    with_bed(|bed| {
+        let guest = run(bed, DELAY)?;
+        let mut carried = 0;
+        for (from, to) in [(&bed.a, &bed.b), (&bed.b, &bed.a)] {
+            carried += in_flight(&migrate(from, to, &guest.vm, &[])?);
+            guest.goes_on(to, 6)?;
+            wait_both(to, &guest, "local")?;
+        }
+        ensure!(carried > 0, "no request was in flight at either switchover");
+        Ok(())
+    });
+}
+
+#[test]
+fn two_disks_that_stay_are_come_home_to() {
+    with_bed(|bed| {
+        let guest = run(bed, "50ms")?;
+        for _ in 0..2 {
+            migrate(&bed.a, &bed.b, &guest.vm, &["--mode", "stay"])?;
+            guest.goes_on(&bed.b, 6)?;
+            migrate(&bed.b, &bed.a, &guest.vm, &["--mode", "stay"])?;
+            guest.goes_on(&bed.a, 6)?;
+            wait_both(&bed.a, &guest, "local")?;
+        }
+        // One is brought along, the other stays; then both go back.
+        migrate(&bed.a, &bed.b, &guest.vm, &["--mode", "stay"])?;
+        bed.b.belay(&["exchange", SECOND, "--wait"])?;
+        bed.b.wait_device(SECOND, "local")?;
+        guest.goes_on(&bed.b, 6)?;
+        migrate(&bed.b, &bed.a, &guest.vm, &[])?;
+        guest.goes_on(&bed.a, 6)?;
+        wait_both(&bed.a, &guest, "local")
+    });
+}
+
+#[test]
+fn two_disks_whose_migration_is_aborted_stay() {
+    with_bed(|bed| {
+        let guest = run(bed, DELAY)?;
+        let mut qmp = bed.a.qmp(&guest.vm)?;
+        qmp.pause_before_switchover(true)?;
+        let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name])?;
+        qmp.wait_pre_switchover()?;
+        wait_both(&bed.a, &guest, "parked")?;
+        // One of them cannot be taken out of the migration.
+        let withdrawn = bed.a.spawn(&["device", "withdraw", SECOND])?.wait()?;
+        ensure!(withdrawn.status.code() == Some(3), "{withdrawn:?}");
+        command.signal(Signal::INT)?;
+        let output = command.wait()?;
+        ensure!(output.status.code() == Some(4), "{output:?}");
+        wait_both(&bed.a, &guest, "local")?;
+        guest.goes_on(&bed.a, 6)?;
+        bed.b.wait_vm_gone(&guest.vm)?;
+        until("the destination having forgotten the devices", || {
+            Ok(bed.b.json(&["device", "list"])?.as_array().is_some_and(Vec::is_empty).then_some(()))
+        })?;
+        qmp.pause_before_switchover(false)?;
+        drop(qmp);
+        migrate(&bed.a, &bed.b, &guest.vm, &[])?;
+        guest.goes_on(&bed.b, 4).map(drop)
+    });
+}
+
+/// What happens right behind the switchover's beginning.
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    SourceAgent,
+    DestinationAgent,
+    BothAgents,
+    Cancel,
+}
+
+/// Lets QEMU go on with the switchover, and something happen at once. Whatever comes of it, the guest goes on at one
+/// of the hosts, with both disks, and can migrate again.
+fn fault_behind_the_switchover(bed: &mut Bed, fault: Fault) -> Result<()> {
+    let guest = run(bed, "20ms")?;
+    let mut qmp = bed.a.qmp(&guest.vm)?;
+    qmp.pause_before_switchover(true)?;
+    let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name, "--no-wait"])?;
+    qmp.wait_pre_switchover()?;
+    qmp.continue_migration()?;
+    match fault {
+        Fault::SourceAgent => bed.a.kill_agent()?,
+        Fault::DestinationAgent => bed.b.kill_agent()?,
+        Fault::BothAgents => {
+            bed.a.kill_agent()?;
+            bed.b.kill_agent()?;
+        }
+        Fault::Cancel => drop(qmp.cancel_migration()),
+    }
+    drop(qmp);
+    match fault {
+        Fault::SourceAgent => bed.a.start_agent()?,
+        Fault::DestinationAgent => bed.b.start_agent()?,
+        Fault::BothAgents => {
+            bed.a.start_agent()?;
+            bed.b.start_agent()?;
+        }
+        Fault::Cancel => {}
+    }
+    drop(command.wait()?);
+    let lives = |host: &Host| host.vm_pid(&guest.vm).is_some();
+    until("the VM being at one host", || Ok((lives(&bed.a) != lives(&bed.b)).then_some(())))?;
+    let (here, there) = if lives(&bed.a) { (&bed.a, &bed.b) } else { (&bed.b, &bed.a) };
+    println!("{fault:?}: the VM is at {}", here.name);
+    guest.goes_on(here, 8)?;
+    wait_both(here, &guest, "local")?;
+    ensure!(lives(here) && !lives(there), "the VM is at both hosts, or at none");
+    if here.name == bed.a.name {
+        bed.a.qmp(&guest.vm)?.pause_before_switchover(false)?;
+    }
+    migrate(here, there, &guest.vm, &[])?;
+    guest.goes_on(there, 8).map(drop)
+}
+
+#[test]
+fn source_agent_killed_behind_the_switchover_leaves_both_disks_at_one_host() {
+    with_bed(|bed| fault_behind_the_switchover(bed, Fault::SourceAgent));
+}
+
+#[test]
+fn destination_agent_killed_behind_the_switchover_leaves_both_disks_at_one_host() {
+    with_bed(|bed| fault_behind_the_switchover(bed, Fault::DestinationAgent));
+}
+
+#[test]
+fn both_agents_killed_behind_the_switchover_leave_both_disks_at_one_host() {
+    with_bed(|bed| fault_behind_the_switchover(bed, Fault::BothAgents));
+}
+
+#[test]
+fn migration_cancelled_behind_the_switchover_leaves_both_disks_at_one_host() {
+    with_bed(|bed| fault_behind_the_switchover(bed, Fault::Cancel));
+}

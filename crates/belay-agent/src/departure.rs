@@ -181,3 +181,103 @@ fn granted(record: DeviceRecord, epoch: Epoch, to: &str) -> Result<DeviceRecord,
     }
     Ok(DeviceRecord { epoch, role, offered: None, bandwidth: None, ..record })
 }
+
+#[cfg(test)]
+mod tests {
+    use belay_block::{BackendSpec, Driver};
+    use belay_wire::DeviceIdentity;
+    use belay_wire::device::{BlockGeometry, DeviceClass};
+
+    use super::*;
+    use crate::config::Config;
+    use crate::ledger::Ledger;
+
+    /// An agent with two devices, and the folder that it lives in.
+    async fn agent() -> (tempfile::TempDir, Arc<Agent>, [Arc<Managed>; 2]) {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(&folder.path().join("ledger.redb")).unwrap();
+        let config = Config { runtime_dir: folder.path().to_owned(), ..Config::default() };
+        let agent = Agent::new(config, None, ledger);
+        let mut devices = Vec::new();
+        for name in ["disk0", "disk1"] {
+            let class = DeviceClass::Block(BlockGeometry {
+                size_bytes: 1 << 20,
+                block_bytes: 512,
+                queues: 1,
+                queue_entries: 128,
+                read_only: false,
+                serial: String::new(),
+            });
+            let identity = DeviceIdentity { id: DeviceId::random(), name: name.into(), vm: None, class };
+            let backend = BackendSpec {
+                driver: Driver::Memory,
+                path: None,
+                size_bytes: Some(1 << 20),
+                ..BackendSpec::file("/none".into())
+            };
+            devices.push(agent.add_device(identity, backend).await.unwrap());
+        }
+        let devices = devices.try_into().unwrap_or_else(|_| unreachable!());
+        (folder, agent, devices)
+    }
+
+    fn lent(agent: &Agent) -> usize {
+        let records = agent.ledger.devices().unwrap();
+        records.iter().filter(|record| matches!(record.role, RoleRecord::Lent { .. })).count()
+    }
+
+    fn open(agent: &Agent, devices: &[Arc<Managed>]) -> Arc<Departure> {
+        agent.open_departure("host-x", devices.iter().map(|device| device.identity().id).collect())
+    }
+
+    #[tokio::test]
+    async fn devices_that_leave_together_are_granted_when_the_last_one_is_claimed() {
+        let (_folder, agent, devices) = agent().await;
+        let departure = open(&agent, &devices);
+        agent.grant(&devices[1], "host-x", Epoch(2), 3).await;
+        agent.grant(&devices[1], "host-x", Epoch(2), 3).await;
+        assert_eq!(lent(&agent), 0);
+        assert!(!departure.is_committed().await);
+        agent.grant(&devices[0], "host-x", Epoch(2), 0).await;
+        assert_eq!(lent(&agent), 2);
+        assert!(departure.is_committed().await);
+        assert!(!agent.call_off(&departure).await, "it was too late");
+        assert!(agent.departure_of(devices[0].identity().id).is_none());
+    }
+
+    #[tokio::test]
+    async fn nothing_is_granted_after_a_departure_was_called_off() {
+        let (_folder, agent, devices) = agent().await;
+        let departure = open(&agent, &devices);
+        agent.grant(&devices[0], "host-x", Epoch(2), 0).await;
+        assert!(agent.call_off(&departure).await);
+        agent.grant(&devices[1], "host-x", Epoch(2), 0).await;
+        agent.grant(&devices[0], "host-x", Epoch(2), 0).await;
+        assert_eq!(lent(&agent), 0);
+        // The next attempt is another one.
+        agent.close_departure(&departure);
+        open(&agent, &devices);
+        agent.grant(&devices[0], "host-x", Epoch(2), 0).await;
+        agent.grant(&devices[1], "host-x", Epoch(2), 0).await;
+        assert_eq!(lent(&agent), 2);
+    }
+
+    #[tokio::test]
+    async fn device_that_cannot_be_granted_keeps_the_others_here() {
+        let (_folder, agent, devices) = agent().await;
+        let departure = open(&agent, &devices);
+        agent.grant(&devices[0], "host-x", Epoch(2), 0).await;
+        // It is in this epoch already.
+        agent.grant(&devices[1], "host-x", Epoch(1), 0).await;
+        assert_eq!(lent(&agent), 0);
+        assert!(!departure.is_committed().await);
+        assert!(agent.call_off(&departure).await);
+    }
+
+    #[tokio::test]
+    async fn device_of_no_departure_is_granted_by_itself() {
+        let (_folder, agent, devices) = agent().await;
+        agent.grant(&devices[0], "host-x", Epoch(2), 0).await;
+        assert_eq!(lent(&agent), 1);
+    }
+}

@@ -10,7 +10,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use belay_vmm::{Capability, Qmp, QmpError};
+use belay_vmm::{Capability, MigrationInfo, Qmp, QmpError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::broadcast;
@@ -337,10 +337,12 @@ impl Migration {
             }
             match info.status.as_deref().unwrap_or_default() {
                 "completed" => {
+                    let running_ms = self.began.elapsed().as_secs_f64() * 1e3;
+                    let info = measured(qmp, info).await;
                     return Ok(Moved {
                         total_ms: info.total_time.unwrap_or(0),
                         downtime_ms: info.downtime.unwrap_or(0),
-                        running_ms: self.began.elapsed().as_secs_f64() * 1e3,
+                        running_ms,
                     });
                 }
                 "failed" => {
@@ -459,6 +461,21 @@ impl Migration {
             tokio::time::sleep(FOLLOW_POLL).await;
         }
     }
+}
+
+/// A completed migration, with its times: for a moment QEMU says that it has completed and that it took no time.
+async fn measured(qmp: &Qmp, mut info: MigrationInfo) -> MigrationInfo {
+    for _ in 0..20 {
+        if info.total_time.unwrap_or(0) > 0 {
+            break;
+        }
+        tokio::time::sleep(POLL / 10).await;
+        match qmp.query_migrate().await {
+            Ok(later) => info = later,
+            Err(_) => break,
+        }
+    }
+    info
 }
 
 /// Waits until QEMU says that the migration has got further, or for a while.

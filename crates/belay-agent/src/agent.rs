@@ -408,7 +408,7 @@ impl Agent {
     async fn attached(self: &Arc<Self>, device: &Arc<Managed>, epoch: Epoch) {
         let RoleRecord::Prepared { from, mode, delay_us, direct, replaces } = device.role() else { return };
         let role = RoleRecord::Remote {
-            backing: from,
+            backing: from.clone(),
             delay_us,
             direct,
             follow: mode == Mode::Follow,
@@ -418,6 +418,7 @@ impl Agent {
             // The source's ledger has the grant; after a restart it is asked.
             self.events.note("handover", Some(&device.name()), None, error.message);
         }
+        self.brought_along(device, &from).await;
         if mode == Mode::Follow {
             self.follow_guest(device);
         }

@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use belay_attach::Command;
 use belay_block::BackendSpec;
 use belay_wire::Epoch;
 
@@ -30,25 +29,6 @@ impl Agent {
                 self.host(),
                 request.epoch
             ))),
-        }
-    }
-
-    /// As the host with the backing: the commit point of the way home.
-    pub(crate) async fn take_return(&self, device: &Managed, from: &str, epoch: Epoch) {
-        let outcome = match device.role() {
-            RoleRecord::Lent { backend, to } if to == from => {
-                device.set_came_from(from);
-                self.record(device, epoch, RoleRecord::Local { backend }).await
-            }
-            role => Err(AgentError::failed(format!("the ledger says {role:?}"))),
-        };
-        match outcome {
-            Ok(()) => {
-                device.send(Command::ReturnDurable { epoch });
-                let message = format!("its guest has come home from {from}");
-                self.events.note("handover", Some(&device.name()), None, message);
-            }
-            Err(error) => device.send(Command::ReturnFailed { epoch, reason: error.message }),
         }
     }
 

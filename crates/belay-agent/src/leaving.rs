@@ -21,7 +21,7 @@ use crate::agent::Agent;
 use crate::departure::Departure;
 use crate::device::Managed;
 use crate::error::AgentError;
-use crate::ledger::{OfferRecord, RoleRecord};
+use crate::ledger::RoleRecord;
 use crate::peer::{DeviceQuery, DeviceState, Done, IncomingState, VmQuery};
 use crate::vm::Vm;
 
@@ -112,21 +112,25 @@ impl Leaving {
         false
     }
 
-    /// The VM has arrived: waits until its devices are there, too.
+    /// The VM has arrived: waits until its devices are there, too. Devices that go home are not waited for if their
+    /// guest does not use them; whether it does is not `known` to an agent that was restarted.
     ///
     /// # Errors
     /// They cannot get there, or did not `within`.
-    pub(crate) async fn wait_moved(&self, within: Option<Duration>) -> Result<(), AgentError> {
+    pub(crate) async fn wait_moved(&self, within: Option<Duration>, known: bool) -> Result<(), AgentError> {
         let began = Instant::now();
         let mut asked = began;
         let mut said = false;
+        if known {
+            self.say_arrived().await;
+        }
         loop {
             let missing: Vec<String> = self
                 .devices
                 .iter()
                 .filter(|device| !has_moved(device))
                 // One that its guest does not use goes home when it does.
-                .filter(|device| !goes_home(device) || device.snapshot().in_flight > 0)
+                .filter(|device| !known || !goes_home(device) || device.snapshot().in_flight > 0)
                 .map(|device| device.name())
                 .collect();
             if missing.is_empty() {
@@ -141,9 +145,29 @@ impl Leaving {
             }
             if asked.elapsed() > ASK {
                 asked = Instant::now();
+                if known {
+                    self.say_arrived().await;
+                }
                 self.can_still_move().await?;
             }
             tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Devices that go home are taken together there, but for those that the guest does not use.
+    async fn say_arrived(&self) {
+        let home = self.devices.iter().filter(|device| goes_home(device));
+        let unused: Vec<DeviceId> = home
+            .filter(|device| device.snapshot().in_flight == 0)
+            .map(|device| device.identity().id)
+            .collect();
+        if !unused.is_empty() {
+            let query = VmQuery { devices: unused, ..self.query() };
+            let told: Result<Done, AgentError> =
+                self.agent.call_host(&self.to, CALL, "arrived", &query).await;
+            if let Err(error) = told {
+                tracing::warn!(vm = %self.vm.record.name, %error, "the destination was not told of unused disks");
+            }
         }
     }
 
@@ -195,24 +219,12 @@ impl Leaving {
     /// Too late. Nothing has been changed then.
     pub(crate) async fn take_back(&self) -> Result<(), TooLate> {
         let (home, own): (Vec<_>, Vec<_>) = self.devices.iter().partition(|device| goes_home(device));
-        for (index, device) in home.iter().enumerate() {
-            if !self.withdraw(device).await {
-                // The guest runs there. What has just been withdrawn follows.
-                for device in &home[..index] {
-                    self.offer_again(device).await;
-                }
-                return Err(TooLate);
-            }
-        }
         if self.departure.is_none() && own.iter().any(|device| has_moved(device)) {
             return Err(TooLate);
         }
         if let Some(departure) = &self.departure
             && !self.agent.call_off(departure).await
         {
-            for device in home {
-                self.offer_again(device).await;
-            }
             return Err(TooLate);
         }
         let arrival = self.stop_qemu().await;
@@ -226,7 +238,12 @@ impl Leaving {
         if let Some(departure) = &self.departure {
             self.agent.close_departure(departure);
         }
-        self.end_there(arrival).await;
+        self.end_there(arrival, !home.is_empty()).await?;
+        for device in home {
+            if !self.withdraw(device).await {
+                return Err(TooLate);
+            }
+        }
         self.go_on().await;
         Ok(())
     }
@@ -241,7 +258,7 @@ impl Leaving {
         };
         if !here {
             self.give_unused();
-            while let Err(error) = self.wait_moved(None).await {
+            while let Err(error) = self.wait_moved(None, true).await {
                 self.note(format!("its devices belong to {}, but {error}", self.to));
                 if !self.runs_there().await {
                     break;
@@ -307,35 +324,39 @@ impl Leaving {
         }
     }
 
-    async fn offer_again(&self, device: &Arc<Managed>) {
-        let _moving = device.moving.lock().await;
-        let offer = OfferRecord { to: self.to.clone(), mode: crate::ledger::Mode::Stay };
-        if let Err(error) = self.agent.record_offer(device, Some(offer)).await {
-            tracing::warn!(device = %device.name(), %error, "the ledger does not have its offer");
-        }
-        device.send(Command::Offer { to: self.to.clone() });
-    }
-
     /// Ends the VM at the other host. If it may run there, not before that has been done may it go on here.
-    async fn end_there(&self, arrival: Arrival) {
+    ///
+    /// # Errors
+    /// Too late: devices that go home (`deciding`) have come home with it, says the ledger of that host.
+    async fn end_there(&self, arrival: Arrival, deciding: bool) -> Result<(), TooLate> {
         let mut backoff = Backoff::default();
         let began = Instant::now();
         loop {
             let told: Result<Done, AgentError> =
                 self.agent.call_host(&self.to, CALL, "abort_incoming", &self.query()).await;
             match told {
-                Ok(_) => return,
-                Err(error)
-                    if arrival == Arrival::No || arrival == Arrival::Maybe && began.elapsed() > CALL =>
-                {
+                Ok(_) => return Ok(()),
+                Err(error) if error.code == "fenced" && deciding && arrival != Arrival::No => {
+                    return Err(TooLate);
+                }
+                Err(error) if Self::needs_no_answer(arrival, deciding, began) => {
                     self.note(format!("the destination could not be told: {error}"));
-                    return;
+                    return Ok(());
                 }
                 Err(error) => {
                     self.note(format!("may be at {}, and has to end there first: {error}", self.to));
                 }
             }
             tokio::time::sleep(backoff.next_delay(rand::random()).max(Duration::from_secs(1))).await;
+        }
+    }
+
+    /// Whether the VM may go on here although the other host has not answered.
+    fn needs_no_answer(arrival: Arrival, deciding: bool, began: Instant) -> bool {
+        match arrival {
+            Arrival::No => true,
+            Arrival::Maybe => !deciding && began.elapsed() > CALL,
+            Arrival::Yes => false,
         }
     }
 

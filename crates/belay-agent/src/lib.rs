@@ -21,6 +21,7 @@ pub mod offer;
 pub mod operation;
 pub mod peer;
 mod recover;
+mod returns;
 pub mod view;
 pub mod vm;
 

@@ -285,7 +285,7 @@ impl Migration {
         let moved = self.move_memory(&qmp, &incoming.uri).await?;
         if ran {
             self.leaving.give_unused();
-            self.leaving.wait_moved(None).await?;
+            self.leaving.wait_moved(None, true).await?;
         }
         Ok(moved)
     }

@@ -275,11 +275,7 @@ impl Agent {
         self.record_offer(device, None).await
     }
 
-    pub(crate) async fn record_offer(
-        &self,
-        device: &Managed,
-        offered: Option<OfferRecord>,
-    ) -> Result<(), AgentError> {
+    async fn record_offer(&self, device: &Managed, offered: Option<OfferRecord>) -> Result<(), AgentError> {
         let _writing = device.writing.lock().await;
         let record = device.record();
         // An offer is of a device whose guest is here, and ends with the change of its role.

@@ -177,6 +177,7 @@ impl ControlHandler for Peers {
             "incoming_state" => {
                 self.0.incoming_state(&peer, parse(body).map_err(rpc)?).await.and_then(answer)
             }
+            "arrived" => self.0.arrived(&peer, parse(body).map_err(rpc)?).await.and_then(answer),
             "incoming_done" => self.0.incoming_done(&peer, parse(body).map_err(rpc)?).await.and_then(answer),
             "abort_incoming" => {
                 self.0.abort_incoming(&peer, parse(body).map_err(rpc)?).await.and_then(answer)

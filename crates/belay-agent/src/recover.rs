@@ -94,7 +94,9 @@ impl Agent {
         }
         // QEMU starts the rings of a disk only if it is connected.
         wait_connected(&leaving.devices).await;
-        if leaving.arrives(ARRIVED_WITHIN).await && leaving.wait_moved(Some(MOVED_WITHIN)).await.is_ok() {
+        if leaving.arrives(ARRIVED_WITHIN).await
+            && leaving.wait_moved(Some(MOVED_WITHIN), false).await.is_ok()
+        {
             note(format!("runs at {}", way.to));
             if let Err(error) = leaving.finish().await {
                 note(format!("does not end here: {error}"));

@@ -14,6 +14,7 @@ use crate::agent::Agent;
 use crate::error::AgentError;
 use crate::ledger::{MigratingRecord, RoleRecord, SCHEMA, VmRecord};
 use crate::peer::{Done, Incoming, IncomingState, StartIncoming, VmQuery};
+use crate::returns::Returns;
 
 /// How long a QEMU that was started may take to serve QMP.
 const QMP_WITHIN: Duration = Duration::from_secs(20);
@@ -26,6 +27,8 @@ pub struct Vm {
     qmp: tokio::sync::Mutex<Option<Qmp>>,
     /// What has changed of its record since.
     way: Mutex<Way>,
+    /// What comes home with it, while it comes here.
+    pub(crate) returns: Returns,
     /// Held while it is found out how a migration ended that an earlier agent had begun.
     pub(crate) settling: Arc<tokio::sync::Mutex<()>>,
 }
@@ -158,6 +161,7 @@ impl Vms {
             record,
             qmp: tokio::sync::Mutex::new(qmp),
             way: Mutex::new(way),
+            returns: Returns::default(),
             settling: Arc::default(),
         });
         self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(name, Arc::clone(&vm));
@@ -523,16 +527,23 @@ impl Agent {
 
     /// As a destination: the migration is off.
     pub(crate) async fn abort_incoming(&self, peer: &str, request: VmQuery) -> Result<Done, AgentError> {
-        if let Ok(vm) = self.vms.get(&request.vm)
-            && vm.comes_from(peer)
-        {
-            let is_here = |name: &String| self.device(name).is_ok_and(|device| device.role().is_guest_here());
-            if vm.record.devices.iter().any(is_here) {
-                return Err(AgentError::fenced(format!("VM {} is here: so are its disks", request.vm)));
+        let here = match self.vms.get(&request.vm) {
+            Err(_) => false,
+            Ok(vm) if !vm.comes_from(peer) => true,
+            Ok(vm) => {
+                let is_here =
+                    |name: &String| self.device(name).is_ok_and(|device| device.role().is_guest_here());
+                let here = !self.call_off_returns(&vm).await || vm.record.devices.iter().any(is_here);
+                if !here {
+                    self.stop_vm(&request.vm).await?;
+                }
+                here
             }
-            self.stop_vm(&request.vm).await?;
-        }
+        };
         self.abort_prepared(peer, &request.devices).await?;
+        if here {
+            return Err(AgentError::fenced(format!("VM {} is at host {}", request.vm, self.host())));
+        }
         Ok(Done {})
     }
 }

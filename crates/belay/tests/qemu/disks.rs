@@ -96,10 +96,29 @@ enum Fault {
     Cancel,
 }
 
+/// Where the disks of a VM are that goes from host A to host B.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Disks {
+    /// At A: they are handed over.
+    Here,
+    /// At B: the VM goes home to them.
+    There,
+    /// One each.
+    Both,
+}
+
 /// Lets QEMU go on with the switchover, and something happen at once. Whatever comes of it, the guest goes on at one
 /// of the hosts, with both disks, and can migrate again.
-fn fault_behind_the_switchover(bed: &mut Bed, fault: Fault) -> Result<()> {
+fn fault_behind_the_switchover(bed: &mut Bed, disks: Disks, fault: Fault) -> Result<()> {
     let guest = run(bed, "20ms")?;
+    if disks != Disks::Here {
+        migrate(&bed.a, &bed.b, &guest.vm, &["--mode", "stay"])?;
+        if disks == Disks::Both {
+            bed.b.belay(&["exchange", SECOND, "--wait"])?;
+        }
+        std::mem::swap(&mut bed.a, &mut bed.b);
+        guest.goes_on(&bed.a, 4)?;
+    }
     let mut qmp = bed.a.qmp(&guest.vm)?;
     qmp.pause_before_switchover(true)?;
     let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name, "--no-wait"])?;
@@ -128,9 +147,16 @@ fn fault_behind_the_switchover(bed: &mut Bed, fault: Fault) -> Result<()> {
     let lives = |host: &Host| host.vm_pid(&guest.vm).is_some();
     until("the VM being at one host", || Ok((lives(&bed.a) != lives(&bed.b)).then_some(())))?;
     let (here, there) = if lives(&bed.a) { (&bed.a, &bed.b) } else { (&bed.b, &bed.a) };
-    println!("{fault:?}: the VM is at {}", here.name);
+    println!(
+        "{fault:?}, disks {disks:?}: the VM is at its {}",
+        if lives(&bed.a) { "source" } else { "destination" }
+    );
     guest.goes_on(here, 8)?;
-    wait_both(here, &guest, "local")?;
+    if disks == Disks::Here || lives(&bed.b) {
+        wait_both(here, &guest, "local")?;
+    } else {
+        here.wait_device(&guest.disk, "remote")?;
+    }
     ensure!(lives(here) && !lives(there), "the VM is at both hosts, or at none");
     if here.name == bed.a.name {
         bed.a.qmp(&guest.vm)?.pause_before_switchover(false)?;
@@ -139,22 +165,25 @@ fn fault_behind_the_switchover(bed: &mut Bed, fault: Fault) -> Result<()> {
     guest.goes_on(there, 8).map(drop)
 }
 
-#[test]
-fn source_agent_killed_behind_the_switchover_leaves_both_disks_at_one_host() {
-    with_bed(|bed| fault_behind_the_switchover(bed, Fault::SourceAgent));
+macro_rules! faults {
+    ($($name:ident: $disks:ident, $fault:ident;)*) => {$(
+        #[test]
+        fn $name() {
+            with_bed(|bed| fault_behind_the_switchover(bed, Disks::$disks, Fault::$fault));
+        }
+    )*};
 }
 
-#[test]
-fn destination_agent_killed_behind_the_switchover_leaves_both_disks_at_one_host() {
-    with_bed(|bed| fault_behind_the_switchover(bed, Fault::DestinationAgent));
-}
-
-#[test]
-fn both_agents_killed_behind_the_switchover_leave_both_disks_at_one_host() {
-    with_bed(|bed| fault_behind_the_switchover(bed, Fault::BothAgents));
-}
-
-#[test]
-fn migration_cancelled_behind_the_switchover_leaves_both_disks_at_one_host() {
-    with_bed(|bed| fault_behind_the_switchover(bed, Fault::Cancel));
+faults! {
+    source_agent_killed_behind_the_switchover_leaves_both_disks_at_one_host: Here, SourceAgent;
+    destination_agent_killed_behind_the_switchover_leaves_both_disks_at_one_host: Here, DestinationAgent;
+    both_agents_killed_behind_the_switchover_leave_both_disks_at_one_host: Here, BothAgents;
+    migration_cancelled_behind_the_switchover_leaves_both_disks_at_one_host: Here, Cancel;
+    source_agent_killed_behind_the_switchover_home_leaves_both_disks_at_one_host: There, SourceAgent;
+    destination_agent_killed_behind_the_switchover_home_leaves_both_disks_at_one_host: There, DestinationAgent;
+    both_agents_killed_behind_the_switchover_home_leave_both_disks_at_one_host: There, BothAgents;
+    migration_cancelled_behind_the_switchover_home_leaves_both_disks_at_one_host: There, Cancel;
+    source_agent_killed_behind_the_switchover_with_disks_at_both_hosts: Both, SourceAgent;
+    destination_agent_killed_behind_the_switchover_with_disks_at_both_hosts: Both, DestinationAgent;
+    migration_cancelled_behind_the_switchover_with_disks_at_both_hosts: Both, Cancel;
 }

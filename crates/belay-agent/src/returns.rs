@@ -1,0 +1,307 @@
+//! The devices of a VM that come home are taken together.
+//!
+//! As with devices that leave ([`crate::agent::Agent`] grants them with one write), a fault between two of them would
+//! leave a VM's disks on two hosts. Here the host with the backings decides: what its VMM's rings have asked for is
+//! kept until every disk of the VM that is lent to the same host has come, or is not used by the guest; then one
+//! write takes them all. If the VM brings other disks along, these come first: the host that it comes from decides
+//! about them, and about the VM.
+
+use std::sync::Arc;
+
+use belay_attach::Command;
+use belay_wire::{DeviceId, Epoch};
+
+use crate::agent::Agent;
+use crate::device::Managed;
+use crate::error::AgentError;
+use crate::ledger::{DeviceRecord, RoleRecord, allowed};
+use crate::peer::{Done, VmQuery};
+use crate::vm::Vm;
+
+/// The returning devices of a VM that comes here.
+#[derive(Debug, Default)]
+pub(crate) struct Returns(tokio::sync::Mutex<State>);
+
+#[derive(Debug)]
+enum State {
+    Open { claims: Vec<(DeviceId, Epoch)>, unused: Vec<DeviceId> },
+    Committed,
+    Off,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self::Open { claims: Vec::new(), unused: Vec::new() }
+    }
+}
+
+impl Agent {
+    /// The VM of a device that comes from there.
+    fn vm_from(&self, peer: &str, device: &str) -> Option<Arc<Vm>> {
+        let mut all = self.vms.all().into_iter();
+        all.find(|vm| vm.comes_from(peer) && vm.record.devices.iter().any(|name| name == device))
+    }
+
+    /// As the host with the backing: the rings of a device are here. The commit point of the way home is in here.
+    pub(crate) async fn take_return(&self, device: &Managed, from: &str, epoch: Epoch) {
+        let claim = (device.identity().id, epoch);
+        let Some(vm) = self.vm_from(from, &device.name()) else {
+            return self.take_alone(claim, from).await;
+        };
+        let mut state = vm.returns.0.lock().await;
+        match &mut *state {
+            State::Off => self.refuse_return(claim, "the migration was taken back"),
+            // One that its guest had not used before.
+            State::Committed => self.take_alone(claim, from).await,
+            State::Open { claims, .. } => {
+                claims.retain(|(present, _)| *present != claim.0);
+                claims.push(claim);
+                self.try_returns(&vm, from, &mut state).await;
+            }
+        }
+    }
+
+    async fn take_alone(&self, claim: (DeviceId, Epoch), from: &str) {
+        if let Err(error) = self.take_all(&[claim], from).await {
+            self.refuse_return(claim, &error.message);
+        }
+    }
+
+    fn refuse_return(&self, (id, epoch): (DeviceId, Epoch), reason: &str) {
+        if let Some(device) = self.device_by_id(id) {
+            device.send(Command::ReturnFailed { epoch, reason: reason.to_owned() });
+        }
+    }
+
+    /// A device that the VM has brought along is here: the others may have waited for it.
+    pub(crate) async fn brought_along(&self, device: &Managed, from: &str) {
+        if let Some(vm) = self.vm_from(from, &device.name()) {
+            let mut state = vm.returns.0.lock().await;
+            self.try_returns(&vm, from, &mut state).await;
+        }
+    }
+
+    /// The VM has arrived, says the host that it comes from; its guest does not use these devices.
+    pub(crate) async fn arrived(&self, peer: &str, request: VmQuery) -> Result<Done, AgentError> {
+        let vm = self.vms.get(&request.vm)?;
+        if !vm.comes_from(peer) {
+            return Err(AgentError::fenced(format!("VM {} does not come from {peer}", request.vm)));
+        }
+        let mut state = vm.returns.0.lock().await;
+        if let State::Open { unused, .. } = &mut *state {
+            *unused = request.devices;
+        }
+        self.try_returns(&vm, peer, &mut state).await;
+        Ok(Done {})
+    }
+
+    /// From now on nothing of this VM comes home. `false`: it has.
+    pub(crate) async fn call_off_returns(&self, vm: &Vm) -> bool {
+        let mut state = vm.returns.0.lock().await;
+        match std::mem::replace(&mut *state, State::Off) {
+            State::Committed => {
+                *state = State::Committed;
+                false
+            }
+            State::Off => true,
+            State::Open { claims, .. } => {
+                for claim in claims {
+                    self.refuse_return(claim, "the migration was taken back");
+                }
+                true
+            }
+        }
+    }
+
+    async fn try_returns(&self, vm: &Vm, from: &str, state: &mut State) {
+        let State::Open { claims, unused } = state else { return };
+        let waits = |name: &String| {
+            let Ok(device) = self.device(name) else { return false };
+            let id = device.identity().id;
+            match device.role() {
+                RoleRecord::Prepared { .. } => true,
+                RoleRecord::Lent { to, .. } if to == from => {
+                    !unused.contains(&id) && !claims.iter().any(|(claimed, _)| *claimed == id)
+                }
+                _ => false,
+            }
+        };
+        if claims.is_empty() || vm.record.devices.iter().any(waits) {
+            return;
+        }
+        let claims = std::mem::take(claims);
+        match self.take_all(&claims, from).await {
+            Ok(()) => *state = State::Committed,
+            Err(error) => {
+                *state = State::Off;
+                for claim in claims {
+                    self.refuse_return(claim, &error.message);
+                }
+            }
+        }
+    }
+
+    /// Takes devices back with one write.
+    async fn take_all(&self, claims: &[(DeviceId, Epoch)], from: &str) -> Result<(), AgentError> {
+        let mut devices = Vec::new();
+        for (id, _) in claims {
+            let device = self.device_by_id(*id);
+            devices.push(device.ok_or_else(|| AgentError::failed("the device is not here any more"))?);
+        }
+        let mut locks = Vec::new();
+        let mut records = Vec::new();
+        for (device, (_, epoch)) in devices.iter().zip(claims) {
+            locks.push(device.writing.lock().await);
+            records.push(returned(device.record(), *epoch, from)?);
+        }
+        devices.iter().for_each(|device| device.set_came_from(from));
+        self.write_records(records.clone()).await?;
+        for ((device, (_, epoch)), record) in devices.iter().zip(claims).zip(records) {
+            device.set_record(record);
+            device.send(Command::ReturnDurable { epoch: *epoch });
+        }
+        for device in &devices {
+            let message = format!("its guest has come home from {from}");
+            self.events.note("handover", Some(&device.name()), None, message);
+        }
+        Ok(())
+    }
+}
+
+/// The record of a device whose guest has come home, unless it cannot have.
+fn returned(record: DeviceRecord, epoch: Epoch, from: &str) -> Result<DeviceRecord, AgentError> {
+    let role = match &record.role {
+        RoleRecord::Lent { backend, to } if to == from => RoleRecord::Local { backend: backend.clone() },
+        role => return Err(AgentError::failed(format!("the ledger says {role:?}"))),
+    };
+    if epoch <= record.epoch || !allowed(&record.role, &role) {
+        return Err(AgentError::fenced(format!("it is in epoch {} already, not {epoch}", record.epoch)));
+    }
+    Ok(DeviceRecord { epoch, role, offered: None, bandwidth: None, ..record })
+}
+
+#[cfg(test)]
+mod tests {
+    use belay_block::{BackendSpec, Driver};
+    use belay_wire::DeviceIdentity;
+    use belay_wire::device::{BlockGeometry, DeviceClass};
+
+    use super::*;
+    use crate::config::Config;
+    use crate::ledger::{Ledger, Mode, SCHEMA, VmRecord};
+
+    const FROM: &str = "host-x";
+
+    fn record(name: &str, lent: bool) -> DeviceRecord {
+        let class = DeviceClass::Block(BlockGeometry {
+            size_bytes: 1 << 20,
+            block_bytes: 512,
+            queues: 1,
+            queue_entries: 128,
+            read_only: false,
+            serial: String::new(),
+        });
+        let backend = BackendSpec {
+            driver: Driver::Memory,
+            path: None,
+            size_bytes: Some(1 << 20),
+            ..BackendSpec::file("/none".into())
+        };
+        let role = if lent {
+            RoleRecord::Lent { backend, to: FROM.into() }
+        } else {
+            RoleRecord::Prepared {
+                from: FROM.into(),
+                mode: Mode::Stay,
+                delay_us: None,
+                direct: false,
+                replaces: None,
+            }
+        };
+        DeviceRecord {
+            schema: SCHEMA,
+            identity: DeviceIdentity { id: DeviceId::random(), name: name.into(), vm: None, class },
+            epoch: Epoch(2),
+            role,
+            offered: None,
+            bandwidth: None,
+        }
+    }
+
+    /// A VM comes here with two devices that are lent, and one that it brings along or not.
+    async fn agent(brings: bool) -> (tempfile::TempDir, Arc<Agent>, Vec<Arc<Managed>>, Arc<Vm>) {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(&folder.path().join("ledger.redb")).unwrap();
+        let config = Config { runtime_dir: folder.path().to_owned(), ..Config::default() };
+        let agent = Agent::new(config, None, ledger);
+        let mut devices = Vec::new();
+        for (name, lent) in [("disk0", true), ("disk1", true), ("disk2", false)] {
+            if lent || brings {
+                let record = record(name, lent);
+                agent.write_record(record.clone()).await.unwrap();
+                devices.push(agent.start_device(record).await.unwrap());
+            }
+        }
+        let vm = VmRecord {
+            schema: SCHEMA,
+            name: "vm".into(),
+            spec: None,
+            qmp: "/none".into(),
+            process: None,
+            devices: devices.iter().map(|device| device.name()).collect(),
+            migrating: None,
+            incoming: Some(FROM.into()),
+        };
+        let vm = agent.vms.insert(vm, None);
+        (folder, agent, devices, vm)
+    }
+
+    fn home(agent: &Agent) -> usize {
+        let records = agent.ledger.devices().unwrap();
+        records.iter().filter(|record| matches!(record.role, RoleRecord::Local { .. })).count()
+    }
+
+    #[tokio::test]
+    async fn devices_come_home_when_the_last_one_has_come() {
+        let (_folder, agent, devices, vm) = agent(false).await;
+        agent.take_return(&devices[0], FROM, Epoch(3)).await;
+        assert_eq!(home(&agent), 0);
+        agent.take_return(&devices[1], FROM, Epoch(3)).await;
+        assert_eq!(home(&agent), 2);
+        assert!(!agent.call_off_returns(&vm).await, "it was too late");
+    }
+
+    #[tokio::test]
+    async fn device_that_the_guest_does_not_use_is_not_waited_for_once_the_vm_has_arrived() {
+        let (_folder, agent, devices, _vm) = agent(false).await;
+        agent.take_return(&devices[0], FROM, Epoch(3)).await;
+        let unused = VmQuery { vm: "vm".into(), devices: vec![devices[1].identity().id] };
+        assert!(agent.arrived("host-y", unused.clone()).await.is_err());
+        assert_eq!(home(&agent), 0);
+        agent.arrived(FROM, unused).await.unwrap();
+        assert_eq!(home(&agent), 1);
+        agent.take_return(&devices[1], FROM, Epoch(3)).await;
+        assert_eq!(home(&agent), 2);
+    }
+
+    #[tokio::test]
+    async fn nothing_comes_home_before_what_the_vm_brings_along_or_after_it_was_called_off() {
+        let (_folder, agent, devices, vm) = agent(true).await;
+        agent.take_return(&devices[0], FROM, Epoch(3)).await;
+        agent.take_return(&devices[1], FROM, Epoch(3)).await;
+        assert_eq!(home(&agent), 0);
+        let remote = RoleRecord::Remote {
+            backing: FROM.into(),
+            delay_us: None,
+            direct: false,
+            follow: false,
+            replaces: None,
+        };
+        assert!(agent.call_off_returns(&vm).await);
+        agent.record(&devices[2], Epoch(3), remote).await.unwrap();
+        agent.brought_along(&devices[2], FROM).await;
+        assert_eq!(home(&agent), 0);
+        agent.take_return(&devices[0], FROM, Epoch(3)).await;
+        assert_eq!(home(&agent), 0);
+    }
+}

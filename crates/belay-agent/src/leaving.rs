@@ -362,7 +362,16 @@ impl Leaving {
 
     async fn go_on(&self) {
         if let Ok(qmp) = self.vm.qmp().await {
-            let _ = qmp.set_capabilities(&[(Capability::PauseBeforeSwitchover, false)]).await;
+            // Else the next attempt would wait before the switchover for somebody else.
+            let mut attempts = 0;
+            while let Err(error) = qmp.set_capabilities(&[(Capability::PauseBeforeSwitchover, false)]).await {
+                attempts += 1;
+                if attempts == 10 {
+                    self.note(format!("pause-before-switchover stays on: {error}"));
+                    break;
+                }
+                tokio::time::sleep(5 * POLL).await;
+            }
             if qmp.query_status().await.is_ok_and(|state| state.status != "running")
                 && self.ran
                 && let Err(error) = qmp.cont().await

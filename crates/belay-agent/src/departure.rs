@@ -9,6 +9,10 @@
 //!   Open ─────────────────▶ Open ────────────────────────────────────────────────────▶ over: the VM is there
 //!     └──────────────────────┴──▶ Off: claims are refused; once all offers are withdrawn, over: the VM is here
 //! ```
+//! If other disks of the VM go home, whose return the destination's ledger decides, or if this agent was restarted and
+//! has forgotten what was in flight, a departure is held: it is released when the VM has arrived and the destination
+//! has everything that it needs for the other disks.
+//!
 //! A disk that its guest does not use is never claimed: the conductor gives it away (`Command::GiveAway`) when
 //! the VM has arrived.
 
@@ -32,7 +36,11 @@ pub(crate) struct Claim {
 
 #[derive(Debug)]
 enum State {
-    Open(Vec<Claim>),
+    /// Nothing has been granted. While it is `held`, nothing is, whatever is claimed.
+    Open {
+        claims: Vec<Claim>,
+        held: bool,
+    },
     Off,
     Committed,
 }
@@ -50,6 +58,11 @@ impl Departure {
         self.devices.contains(&device)
     }
 
+    /// Whether it waits for [`Agent::release`].
+    pub(crate) async fn is_held(&self) -> bool {
+        matches!(*self.state.lock().await, State::Open { held: true, .. })
+    }
+
     /// Whether every device has been granted.
     pub(crate) async fn is_committed(&self) -> bool {
         matches!(*self.state.lock().await, State::Committed)
@@ -57,10 +70,11 @@ impl Departure {
 }
 
 impl Agent {
-    /// From now on these devices, all of them backed by this host, are granted to `to` together.
-    pub(crate) fn open_departure(&self, to: &str, devices: Vec<DeviceId>) -> Arc<Departure> {
-        let departure =
-            Departure { to: to.to_owned(), devices, state: tokio::sync::Mutex::new(State::Open(Vec::new())) };
+    /// From now on these devices, all of them backed by this host, are granted to `to` together; if they are `held`,
+    /// not before they are released.
+    pub(crate) fn open_departure(&self, to: &str, devices: Vec<DeviceId>, held: bool) -> Arc<Departure> {
+        let state = tokio::sync::Mutex::new(State::Open { claims: Vec::new(), held });
+        let departure = Departure { to: to.to_owned(), devices, state };
         let departure = Arc::new(departure);
         let mut all = self.departures.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|present| !present.devices.iter().any(|device| departure.has(*device)));
@@ -89,7 +103,7 @@ impl Agent {
                 false
             }
             State::Off => true,
-            State::Open(claims) => {
+            State::Open { claims, .. } => {
                 for claim in claims {
                     self.refuse(claim, "the migration was taken back");
                 }
@@ -115,22 +129,35 @@ impl Agent {
             return;
         };
         let mut state = departure.state.lock().await;
-        let State::Open(claims) = &mut *state else {
+        let State::Open { claims, .. } = &mut *state else {
             self.refuse(claim, "the migration was taken back");
             return;
         };
         claims.retain(|present| present.device != claim.device);
         claims.push(claim);
+        self.try_grant(&departure, &mut state).await;
+    }
+
+    /// From now on devices of a departure that was held are granted.
+    pub(crate) async fn release(&self, departure: &Arc<Departure>) {
+        let mut state = departure.state.lock().await;
+        if let State::Open { held, .. } = &mut *state {
+            *held = false;
+            self.try_grant(departure, &mut state).await;
+        }
+    }
+
+    async fn try_grant(&self, departure: &Arc<Departure>, state: &mut State) {
+        let State::Open { claims, held: false } = state else { return };
         if claims.len() < departure.devices.len() {
-            tracing::debug!(device = %device.name(), %by, "claimed; the VM's other devices are not yet");
+            tracing::debug!(to = %departure.to, "claimed; the VM's other devices are not yet");
             return;
         }
         let claims = std::mem::take(claims);
-        match self.grant_all(&claims, by).await {
+        match self.grant_all(&claims, &departure.to).await {
             Ok(()) => {
                 *state = State::Committed;
-                drop(state);
-                self.close_departure(&departure);
+                self.close_departure(departure);
             }
             Err(error) => {
                 *state = State::Off;
@@ -227,7 +254,7 @@ mod tests {
     }
 
     fn open(agent: &Agent, devices: &[Arc<Managed>]) -> Arc<Departure> {
-        agent.open_departure("host-x", devices.iter().map(|device| device.identity().id).collect())
+        agent.open_departure("host-x", devices.iter().map(|device| device.identity().id).collect(), false)
     }
 
     #[tokio::test]
@@ -243,6 +270,19 @@ mod tests {
         assert!(departure.is_committed().await);
         assert!(!agent.call_off(&departure).await, "it was too late");
         assert!(agent.departure_of(devices[0].identity().id).is_none());
+    }
+
+    #[tokio::test]
+    async fn devices_that_are_held_are_granted_when_they_are_released() {
+        let (_folder, agent, devices) = agent().await;
+        let ids = devices.iter().map(|device| device.identity().id).collect();
+        let departure = agent.open_departure("host-x", ids, true);
+        agent.grant(&devices[0], "host-x", Epoch(2), 0).await;
+        agent.grant(&devices[1], "host-x", Epoch(2), 0).await;
+        assert!(lent(&agent) == 0 && departure.is_held().await);
+        agent.release(&departure).await;
+        assert_eq!(lent(&agent), 2);
+        assert!(departure.is_committed().await);
     }
 
     #[tokio::test]

@@ -125,6 +125,7 @@ impl Leaving {
             self.say_arrived().await;
         }
         loop {
+            self.release_when_ready().await;
             let missing: Vec<String> = self
                 .devices
                 .iter()
@@ -151,6 +152,19 @@ impl Leaving {
                 self.can_still_move().await?;
             }
             tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Releases a departure that is held, as soon as the destination has all that it needs for the other disks.
+    async fn release_when_ready(&self) {
+        let Some(departure) = &self.departure else { return };
+        if !departure.is_held().await {
+            return;
+        }
+        let state: Result<IncomingState, AgentError> =
+            self.agent.call_host(&self.to, CALL, "incoming_state", &self.query()).await;
+        if state.is_ok_and(|state| state.has_arrived() && state.home_ready) {
+            self.agent.release(departure).await;
         }
     }
 

@@ -297,7 +297,8 @@ impl Migration {
             self.leaving.devices.iter().filter(|device| matches!(device.role(), RoleRecord::Local { .. }));
         let own: Vec<_> = own.map(|device| device.identity().id).collect();
         if !own.is_empty() {
-            self.leaving.departure = Some(self.leaving.agent.open_departure(&self.request.to, own));
+            let held = own.len() < self.leaving.devices.len();
+            self.leaving.departure = Some(self.leaving.agent.open_departure(&self.request.to, own, held));
         }
     }
 

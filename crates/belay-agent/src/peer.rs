@@ -127,6 +127,9 @@ pub struct VmQuery {
 pub struct IncomingState {
     /// QEMU's run state, or `gone`.
     pub state: String,
+    /// Every disk that comes home with it has come, or is not used by the guest.
+    #[serde(default)]
+    pub home_ready: bool,
 }
 
 impl IncomingState {

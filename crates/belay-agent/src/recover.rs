@@ -46,7 +46,7 @@ impl Agent {
                 .map(|device| device.identity.id)
                 .collect();
             if !own.is_empty() {
-                self.open_departure(&to, own);
+                self.open_departure(&to, own, true);
             }
         }
         Ok(())

@@ -83,10 +83,9 @@ impl Agent {
 
     /// The VM has arrived, says the host that it comes from; its guest does not use these devices.
     pub(crate) async fn arrived(&self, peer: &str, request: VmQuery) -> Result<Done, AgentError> {
-        let vm = self.vms.get(&request.vm)?;
-        if !vm.comes_from(peer) {
-            return Err(AgentError::fenced(format!("VM {} does not come from {peer}", request.vm)));
-        }
+        let vm = self.vms.get(&request.vm).ok().filter(|vm| vm.comes_from(peer));
+        let vm =
+            vm.ok_or_else(|| AgentError::fenced(format!("VM {} does not come from {peer}", request.vm)))?;
         let mut state = vm.returns.0.lock().await;
         if let State::Open { unused, .. } = &mut *state {
             *unused = request.devices;
@@ -113,20 +112,30 @@ impl Agent {
         }
     }
 
+    /// Whether every device of a VM that comes home has come, or is not used.
+    pub(crate) async fn are_returns_ready(&self, vm: &Vm, from: &str) -> bool {
+        let state = vm.returns.0.lock().await;
+        !vm.record.devices.iter().any(|name| self.is_missing(name, from, &state))
+    }
+
+    fn is_missing(&self, name: &str, from: &str, state: &State) -> bool {
+        let State::Open { claims, unused } = state else { return false };
+        let Ok(device) = self.device(name) else { return false };
+        let id = device.identity().id;
+        let lent = matches!(device.role(), RoleRecord::Lent { to, .. } if to == from);
+        lent && !unused.contains(&id) && !claims.iter().any(|(claimed, _)| *claimed == id)
+    }
+
     async fn try_returns(&self, vm: &Vm, from: &str, state: &mut State) {
-        let State::Open { claims, unused } = state else { return };
-        let waits = |name: &String| {
-            let Ok(device) = self.device(name) else { return false };
-            let id = device.identity().id;
-            match device.role() {
-                RoleRecord::Prepared { .. } => true,
-                RoleRecord::Lent { to, .. } if to == from => {
-                    !unused.contains(&id) && !claims.iter().any(|(claimed, _)| *claimed == id)
-                }
-                _ => false,
-            }
+        let comes = |name: &String| {
+            let role = self.device(name).map(|device| device.role());
+            matches!(role, Ok(RoleRecord::Prepared { .. })) || self.is_missing(name, from, state)
         };
-        if claims.is_empty() || vm.record.devices.iter().any(waits) {
+        if vm.record.devices.iter().any(comes) {
+            return;
+        }
+        let State::Open { claims, .. } = state else { return };
+        if claims.is_empty() {
             return;
         }
         let claims = std::mem::take(claims);

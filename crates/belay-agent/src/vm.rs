@@ -8,6 +8,7 @@ use std::time::Duration;
 use belay_vmm::{
     Accel, AccelChoice, DiskPlug, Forbidden, Policy, ProcessId, Qemu, QemuCommand, Qmp, VmSpec, VmmProcess,
 };
+use belay_wire::DeviceId;
 use serde::Serialize;
 
 use crate::agent::Agent;
@@ -491,17 +492,13 @@ impl Agent {
         peer: &str,
         request: VmQuery,
     ) -> Result<IncomingState, AgentError> {
-        let Ok(vm) = self.vms.get(&request.vm) else {
-            return Ok(IncomingState { state: "gone".to_owned() });
+        let comes = self.vms.get(&request.vm).ok().filter(|vm| vm.comes_from(peer) && vm.is_alive());
+        // The same for one that is not here: a peer knows its own.
+        let Some(vm) = comes else {
+            return Ok(IncomingState { state: "gone".to_owned(), home_ready: false });
         };
-        if !vm.comes_from(peer) {
-            return Err(AgentError::fenced(format!("VM {} does not come from {peer}", request.vm)));
-        }
-        if !vm.is_alive() {
-            return Ok(IncomingState { state: "gone".to_owned() });
-        }
         let state = vm.qmp().await?.query_status().await.map_err(failed)?.status;
-        Ok(IncomingState { state })
+        Ok(IncomingState { state, home_ready: self.are_returns_ready(&vm, peer).await })
     }
 
     /// Changes where a VM is on its way, durably.
@@ -529,7 +526,14 @@ impl Agent {
     pub(crate) async fn abort_incoming(&self, peer: &str, request: VmQuery) -> Result<Done, AgentError> {
         let here = match self.vms.get(&request.vm) {
             Err(_) => false,
-            Ok(vm) if !vm.comes_from(peer) => true,
+            // It has come, with these very devices; of another VM of that name a peer learns nothing.
+            Ok(vm) if !vm.comes_from(peer) => {
+                let known = |id: &DeviceId| {
+                    let device = self.device_by_id(*id);
+                    device.is_some_and(|device| vm.record.devices.contains(&device.name()))
+                };
+                !request.devices.is_empty() && request.devices.iter().all(known)
+            }
             Ok(vm) => {
                 let is_here =
                     |name: &String| self.device(name).is_ok_and(|device| device.role().is_guest_here());

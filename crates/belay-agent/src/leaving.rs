@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use belay_attach::Command;
-use belay_link::Backoff;
+use belay_link::{Backoff, RpcError};
 use belay_vmm::{Capability, Qmp, QmpError};
 use belay_wire::DeviceId;
 
@@ -163,7 +163,12 @@ impl Leaving {
         }
         let state: Result<IncomingState, AgentError> =
             self.agent.call_host(&self.to, CALL, "incoming_state", &self.query()).await;
-        if state.is_ok_and(|state| state.has_arrived() && state.home_ready) {
+        let ready = match state {
+            Ok(state) => state.has_arrived() && state.home_ready,
+            // An agent of before takes the disks one by one: more cannot be known.
+            Err(error) => error.code == RpcError::UNKNOWN_METHOD,
+        };
+        if ready {
             self.agent.release(departure).await;
         }
     }

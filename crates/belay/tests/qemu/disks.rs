@@ -187,3 +187,48 @@ faults! {
     destination_agent_killed_behind_the_switchover_with_disks_at_both_hosts: Both, DestinationAgent;
     migration_cancelled_behind_the_switchover_with_disks_at_both_hosts: Both, Cancel;
 }
+
+#[test]
+fn source_vmm_killed_before_the_switchover_leaves_the_disks_and_nothing_at_the_destination() {
+    with_bed(|bed| {
+        let guest = run(bed, "20ms")?;
+        let mut qmp = bed.a.qmp(&guest.vm)?;
+        qmp.pause_before_switchover(true)?;
+        let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name])?;
+        qmp.wait_pre_switchover()?;
+        bed.a.kill_vm(&guest.vm)?;
+        let output = command.wait()?;
+        ensure!(output.status.code() == Some(1), "{output:?}");
+        wait_both(&bed.a, &guest, "local")?;
+        bed.b.wait_vm_gone(&guest.vm)?;
+        ensure!(bed.b.json(&["device", "list"])?.as_array().is_some_and(Vec::is_empty));
+        ensure!(bed.b.json(&["vm", "list"])?.as_array().is_some_and(Vec::is_empty));
+        Ok(())
+    });
+}
+
+#[test]
+fn source_vmm_killed_behind_the_switchover_leaves_the_disks_where_the_vm_is() {
+    with_bed(|bed| {
+        let guest = run(bed, "20ms")?;
+        let mut qmp = bed.a.qmp(&guest.vm)?;
+        qmp.pause_before_switchover(true)?;
+        let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name])?;
+        qmp.wait_pre_switchover()?;
+        qmp.continue_migration()?;
+        // It may have ended by itself.
+        drop(bed.a.kill_vm(&guest.vm));
+        let output = command.wait()?;
+        if bed.b.vm_pid(&guest.vm).is_some() {
+            println!("the VM has arrived");
+            ensure!(output.status.success(), "{output:?}");
+            guest.goes_on(&bed.b, 6)?;
+            return wait_both(&bed.b, &guest, "local");
+        }
+        println!("the VM is lost");
+        ensure!(output.status.code() == Some(1), "{output:?}");
+        wait_both(&bed.a, &guest, "local")?;
+        ensure!(bed.b.json(&["device", "list"])?.as_array().is_some_and(Vec::is_empty));
+        Ok(())
+    });
+}

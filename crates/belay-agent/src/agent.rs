@@ -590,7 +590,10 @@ impl Agent {
     /// # Errors
     /// It is in use.
     pub async fn remove_device(&self, name: &str) -> Result<(), AgentError> {
-        let device = self.device(name)?;
+        let device = match self.device(name) {
+            Ok(device) => device,
+            Err(missing) => return self.forget_departed(name, missing).await,
+        };
         let role = device.role();
         if device.snapshot().vmm_connected {
             return Err(
@@ -598,10 +601,49 @@ impl Agent {
             );
         }
         if !matches!(role, RoleRecord::Local { .. } | RoleRecord::Prepared { .. }) {
-            return Err(AgentError::precheck(format!("device {name} is shared with another host: {role:?}")));
+            let why = match role {
+                RoleRecord::Lent { to, .. } => {
+                    format!("the guest of device {name} is at {to}, and its data here")
+                }
+                RoleRecord::Tombstone { moved_to, .. } => {
+                    format!("device {name} is about to leave for {moved_to}")
+                }
+                _ => format!("the data of device {name} is at another host"),
+            };
+            return Err(AgentError::precheck(why).hint("it can be removed where its guest and its data are"));
         }
         not_offered(&device)?;
         self.drop_device(&device).await
+    }
+
+    /// Forgets that a device has left, unless the host that it went to may still have to ask about it.
+    async fn forget_departed(&self, name: &str, missing: AgentError) -> Result<(), AgentError> {
+        let departed = self.ledger.devices()?.into_iter().find_map(|record| match &record.role {
+            RoleRecord::Tombstone { moved_to, .. } if record.identity.name == name => {
+                Some((record.identity.id, moved_to.clone()))
+            }
+            _ => None,
+        });
+        let Some((id, moved_to)) = departed else { return Err(missing) };
+        let query = crate::peer::DeviceQuery { id };
+        let asked: Result<crate::peer::DeviceState, AgentError> =
+            self.call_host(&moved_to, Duration::from_secs(5), "device_state", &query).await;
+        match asked {
+            Ok(state) if state.view.backed_by != moved_to => {
+                return Err(AgentError::precheck(format!(
+                    "device {name} is still on its way to {moved_to}: it is {} there",
+                    state.view.state
+                )));
+            }
+            Err(error) if error.code != "not_found" => return Err(error),
+            _ => {}
+        }
+        let ledger = Arc::clone(&self.ledger);
+        tokio::task::spawn_blocking(move || ledger.remove_device(id))
+            .await
+            .map_err(|error| AgentError::failed(error.to_string()))??;
+        self.events.note("device", Some(name), None, format!("forgotten: it had moved to {moved_to}"));
+        Ok(())
     }
 
     /// Stops a device's thread and forgets the record, except that the device has been here before.

@@ -95,6 +95,9 @@ pub struct ExchangeBody {
 #[serde(deny_unknown_fields)]
 pub struct RunVm {
     spec_toml: String,
+    /// Where relative paths of kernel, initrd and qemu start.
+    #[schema(value_type = Option<String>)]
+    folder: Option<PathBuf>,
 }
 
 /// A VM to be adopted.
@@ -415,7 +418,7 @@ struct Named {
 #[utoipa::path(post, path = "/v1/vms", request_body = RunVm, responses((status = 200, body = Named)))]
 async fn run_vm(State(agent): Shared, bytes: Bytes) -> Answer<Named> {
     let request: RunVm = body(&bytes)?;
-    let vm = agent.run_vm(&request.spec_toml).await?;
+    let vm = agent.run_vm(&request.spec_toml, request.folder.as_deref()).await?;
     Ok(Json(Named { name: vm.record.name.clone() }))
 }
 

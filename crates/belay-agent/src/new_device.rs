@@ -89,6 +89,10 @@ impl NewDevice {
         }
         match (self.driver, &self.path) {
             (Driver::File, None) => usage("it needs the path of a file or block device".to_owned()),
+            (Driver::Null | Driver::Memory, None) if self.size_bytes.is_none() => {
+                usage("it has no file, so it needs a size".to_owned())
+                    .map_err(|error| error.hint("`--size 1G`"))
+            }
             (Driver::Null | Driver::Memory, Some(path)) => {
                 usage(format!("{} is not used: only a device with driver `file` has a path", path.display()))
             }
@@ -194,12 +198,36 @@ impl Agent {
             return Err(AgentError::usage(format!("there is a device {} already", new.name))
                 .hint(format!("`belay device show {}` shows it; choose another name", new.name)));
         }
+        self.check_not_departed(new)?;
         let made = new.make_file()?;
         let added = self.add_device(new.identity(), new.backend()).await;
         if let (Err(_), Some(path)) = (&added, made) {
             let _ = std::fs::remove_file(path);
         }
         added
+    }
+
+    /// What a device has left here when it moved is an old copy: nobody shall take it for the device by mistake.
+    fn check_not_departed(&self, new: &NewDevice) -> Result<(), AgentError> {
+        let path = new.backend().path;
+        for record in self.ledger.devices()? {
+            let RoleRecord::Tombstone { moved_to, backend } = &record.role else { continue };
+            let name = &record.identity.name;
+            let left = path.is_some() && backend.path == path;
+            if !left && *name != new.name {
+                continue;
+            }
+            let what = match path.as_ref().filter(|_| left) {
+                Some(path) => format!("{} is what device {name} has left here, an old copy", path.display()),
+                None => "this host has had a device of that name".to_owned(),
+            };
+            return Err(AgentError::precheck(format!(
+                "device {}: {what}: it has moved to {moved_to}",
+                new.name
+            ))
+            .hint(format!("`belay device remove {name}` lets this host forget that")));
+        }
+        Ok(())
     }
 
     /// Adds the devices of the configuration that this host has never had.
@@ -238,6 +266,7 @@ mod tests {
             (serde_json::json!({"name": "d", "path": "/d", "block_bytes": 1024}), "block size"),
             (serde_json::json!({"name": "d", "path": "/d", "serial": "ä"}), "serial"),
             (serde_json::json!({"name": "d", "driver": "null", "path": "/d"}), "not used"),
+            (serde_json::json!({"name": "d", "driver": "memory"}), "needs a size"),
         ] {
             let error = parse(json).check().unwrap_err();
             assert!(error.code == "usage" && error.message.contains(what), "{error}");

@@ -139,7 +139,7 @@ pub fn device_view(agent: &Agent, device: &Managed) -> DeviceView {
     DeviceView {
         id: record.identity.id.to_string(),
         class: "block".to_owned(),
-        vm: record.identity.vm.clone(),
+        vm: record.identity.vm.clone().or_else(|| agent.vms.user_of(&record.identity.name)),
         size_bytes: geometry.size_bytes,
         attached_to,
         backed_by,

@@ -151,6 +151,12 @@ impl Vms {
         })
     }
 
+    /// The VM that has this device.
+    pub(crate) fn user_of(&self, device: &str) -> Option<String> {
+        let has = |vm: &Arc<Vm>| vm.record.devices.iter().any(|name| name == device);
+        self.all().into_iter().find(has).map(|vm| vm.record.name.clone())
+    }
+
     pub(crate) fn all(&self) -> Vec<Arc<Vm>> {
         self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).values().cloned().collect()
     }
@@ -213,12 +219,15 @@ impl Agent {
         self.config.runtime_dir.join("vms").join(format!("{name}.qmp"))
     }
 
-    /// Starts a VM from the text of its specification.
+    /// Starts a VM from the text of its specification, whose relative paths start at `folder`.
     ///
     /// # Errors
     /// The specification is wrong, a disk is missing, or QEMU does not start.
-    pub async fn run_vm(&self, text: &str) -> Result<Arc<Vm>, AgentError> {
+    pub async fn run_vm(&self, text: &str, folder: Option<&Path>) -> Result<Arc<Vm>, AgentError> {
         let mut spec = VmSpec::from_toml(text).map_err(|error| AgentError::usage(error.to_string()))?;
+        if let Some(folder) = folder {
+            spec.start_paths_at(folder);
+        }
         let qemu =
             Qemu::find(spec.qemu.as_deref().or(self.config.vmm.qemu.as_deref())).await.map_err(failed)?;
         spec.resolve_machine(&qemu.machines().await.map_err(failed)?).map_err(failed)?;

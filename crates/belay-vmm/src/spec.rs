@@ -242,11 +242,16 @@ impl VmSpec {
         let mut spec = Self::from_toml(&text)?;
         let base = std::path::absolute(path).ok().and_then(|path| path.parent().map(Path::to_owned));
         if let Some(base) = base {
-            for file in [&mut spec.kernel, &mut spec.initrd, &mut spec.qemu].into_iter().flatten() {
-                *file = base.join(&*file);
-            }
+            spec.start_paths_at(&base);
         }
         Ok(spec)
+    }
+
+    /// Lets relative paths of kernel, initrd and qemu start at a folder.
+    pub fn start_paths_at(&mut self, folder: &Path) {
+        for file in [&mut self.kernel, &mut self.initrd, &mut self.qemu].into_iter().flatten() {
+            *file = folder.join(&*file);
+        }
     }
 
     /// Checks every value. A specification that came from a peer is checked, too.

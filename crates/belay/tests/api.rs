@@ -95,7 +95,8 @@ async fn add_resize_and_run_send_what_the_line_says() {
     let (what, body) = seen.recv().await.unwrap();
     assert_eq!((what, &body["size_bytes"]), ("add", &json!(10_u64 << 30)));
     assert_eq!(seen.recv().await.unwrap(), ("resize", json!({"size_bytes": 20_u64 << 30})));
-    assert_eq!(seen.recv().await.unwrap(), ("run", json!({"spec_toml": "name = \"web\""})));
+    let folder = spec.path().parent().unwrap();
+    assert_eq!(seen.recv().await.unwrap(), ("run", json!({"spec_toml": "name = \"web\"", "folder": folder})));
 }
 
 #[tokio::test]

@@ -16,7 +16,8 @@ pub(super) async fn run(context: &Context, command: VmCommand) -> Result<(), Fai
             let text = std::fs::read_to_string(&spec).map_err(|error| {
                 Failure::new(Outcome::Usage, format!("{} can not be read: {error}", spec.display()))
             })?;
-            let started = client.post("/v1/vms", &json!({"spec_toml": text})).await?;
+            let folder = absolute(&spec)?.parent().map(std::path::Path::to_owned);
+            let started = client.post("/v1/vms", &json!({"spec_toml": text, "folder": folder})).await?;
             let name = started.get("name").and_then(Value::as_str).unwrap_or_default();
             let message = format!("vm {name} started");
             (started, message)

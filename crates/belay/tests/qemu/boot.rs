@@ -141,3 +141,74 @@ fn accelerator_is_chosen_where_the_vm_starts_and_not_tried_again_while_it_migrat
         Ok(())
     });
 }
+
+#[test]
+fn copy_that_a_device_has_left_behind_is_not_taken_for_it_unless_it_is_forgotten() {
+    with_bed(|bed| {
+        let guest = bed.a.run_boot_guest("vm", "2ms")?;
+        ensure!(bed.a.device(&guest.disk)?["vm"] == "vm");
+        guest.goes_on(&bed.a, 2)?;
+        migrate(&bed.a, &bed.b, &guest.vm, &[])?;
+        bed.b.wait_device(&guest.disk, "local")?;
+        let left = bed.a.images.join(format!("{}-original.img", guest.disk)).display().to_string();
+        let other = bed.a.images.join("other.img").display().to_string();
+        for line in [
+            &["device", "add", "fresh", "--path", &left][..],
+            &["device", "add", &guest.disk, "--path", &other, "--size", "1M"],
+        ] {
+            let output = bed.a.spawn(line)?.wait()?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            ensure!(output.status.code() == Some(3) && said.contains("moved to host-b"), "{line:?}: {said}");
+        }
+        bed.a.belay(&["device", "remove", &guest.disk])?;
+        bed.a.belay(&["device", "add", "fresh", "--path", &left])?;
+        guest.goes_on(&bed.b, 4).map(drop)
+    });
+}
+
+#[test]
+fn device_that_is_still_on_its_way_is_not_forgotten_where_its_data_is() {
+    with_bed(|bed| {
+        let guest = bed.a.run_boot_guest("vm", "2ms")?;
+        guest.goes_on(&bed.a, 2)?;
+        migrate(&bed.a, &bed.b, &guest.vm, &["--mode", "stay"])?;
+        let output = bed.a.spawn(&["device", "remove", &guest.disk])?.wait()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            output.status.code() == Some(3) && said.contains("is at host-b, and its data here"),
+            "{said}"
+        );
+        guest.goes_on(&bed.b, 4).map(drop)
+    });
+}
+
+#[test]
+fn vm_of_an_unprivileged_user_has_its_disk_again_after_a_restart_of_the_agent_and_migrates() {
+    if !rustix::process::geteuid().is_root() {
+        super::skip("only root can let QEMU run as another user");
+        return;
+    }
+    with_bed(|bed| {
+        for host in [&mut bed.a, &mut bed.b] {
+            host.configure("user = \"nobody\"\n")?;
+            host.terminate_agent()?;
+            host.start_agent()?;
+        }
+        let guest = bed.a.run_boot_guest("vm", "2ms")?;
+        guest.goes_on(&bed.a, 2)?;
+        let uid = |host: &Host| -> Result<String> {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", host.vm_pid("vm").unwrap_or(0)))?;
+            Ok(status.lines().find(|line| line.starts_with("Uid:")).unwrap_or_default().to_owned())
+        };
+        ensure!(!uid(&bed.a)?.contains("\t0"), "{}", uid(&bed.a)?);
+        bed.a.kill_agent()?;
+        bed.a.start_agent()?;
+        guest.goes_on(&bed.a, 6)?;
+        migrate(&bed.a, &bed.b, &guest.vm, &[])?;
+        ensure!(!uid(&bed.b)?.contains("\t0"), "{}", uid(&bed.b)?);
+        bed.b.terminate_agent()?;
+        bed.b.start_agent()?;
+        guest.goes_on(&bed.b, 6)?;
+        bed.b.belay(&["vm", "stop", "vm"]).map(drop)
+    });
+}

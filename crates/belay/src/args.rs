@@ -477,6 +477,27 @@ mod tests {
 
     use super::*;
 
+    /// Every command line that a document shows is one.
+    #[test]
+    fn commands_in_documents_are_understood() {
+        let documents =
+            [include_str!("../../../README.md"), include_str!("../../../docs/operating.md"), TOP_EXAMPLES];
+        let mut count = 0;
+        for line in documents.iter().flat_map(|text| text.lines()) {
+            let Some(command) = line.trim_start().strip_prefix("belay ").filter(|_| line.starts_with("  "))
+            else {
+                continue;
+            };
+            let command = command.split(" #").next().unwrap_or_default();
+            let words = std::iter::once("belay").chain(command.split_whitespace());
+            if let Err(error) = Cli::try_parse_from(words) {
+                panic!("belay {command}: {error}");
+            }
+            count += 1;
+        }
+        assert!(count > 10, "only {count} commands were found");
+    }
+
     fn parse(line: &str) -> Result<Cli, clap::Error> {
         Cli::try_parse_from(line.split_whitespace())
     }

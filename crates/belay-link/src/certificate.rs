@@ -66,6 +66,11 @@ fn name(common_name: &str) -> DistinguishedName {
 }
 
 impl Facts {
+    /// When it was made.
+    pub(crate) fn issued(&self) -> OffsetDateTime {
+        self.not_before + BACKDATING
+    }
+
     /// Reads what a certificate says. Whether to believe it is decided by whoever verified its chain.
     pub(crate) fn of(certificate: &CertificateDer<'_>) -> Result<Self, &'static str> {
         let (_, parsed) = X509Certificate::from_der(certificate).map_err(|_| "it is no X.509 certificate")?;

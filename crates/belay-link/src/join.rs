@@ -78,7 +78,7 @@ pub enum JoinRefusal {
     UnknownToken,
     /// A host of this name is in the cluster.
     #[error(
-        "a host of the name {0} is enrolled already: choose another name, or run `belay host forget {0}` first"
+        "a host of the name {0} is enrolled already: choose another name, or run `belay host remove {0}` first"
     )]
     NameTaken(HostName),
     /// That host can not sign.
@@ -183,7 +183,7 @@ pub async fn join(
     files::write(&files::path(directory, CA_CERTIFICATE), &enrolment.authority)?;
     let mut known = enrolment.hosts.clone();
     known.push(KnownHost { name: host.clone(), addresses: addresses.to_vec() });
-    hosts::write(directory, known)?;
+    hosts::write_first(directory, known)?;
     files::write(&files::path(directory, HOST_CERTIFICATE), &enrolment.certificate)?;
     Ok(Joined { identity: Identity::load(directory)?, hosts: enrolment.hosts })
 }
@@ -304,8 +304,11 @@ fn enrol(directory: &Path, request: &Request) -> Result<(KnownHost, Enrolment), 
     if others.iter().any(|known| known.name == request.host) {
         return Err(JoinRefusal::NameTaken(request.host.clone()));
     }
+    // Of a host that was removed: newer than that, whatever the clock says.
+    let removed = hosts::removed_at(directory, &request.host).map_err(failed)?;
+    let issued = removed.map_or(now, |at| now.max(at + time::Duration::seconds(1)));
     let certificate = authority
-        .sign_at(&request.host, &request.certificate_request, now)
+        .sign_at(&request.host, &request.certificate_request, issued)
         .map_err(|error| JoinRefusal::Malformed(error.to_string()))?;
     invite::consume(directory, &secret, &request.host, now).map_err(failed)?;
     hosts::record(directory, &request.host, &request.addresses).map_err(failed)?;

@@ -17,6 +17,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::certificate::Facts;
+use crate::hosts;
 use crate::identity::Identity;
 use crate::name::HostName;
 
@@ -29,6 +30,12 @@ pub enum PeerError {
     /// The certificate says nothing usable.
     #[error("its certificate can not be used: {0}")]
     Unusable(&'static str),
+    /// This host has removed that one.
+    #[error("host {0} was removed here with `belay host remove`: enrol it again")]
+    Removed(HostName),
+    /// The list of removed hosts cannot be read: nobody is let in.
+    #[error("the list of removed hosts can not be read: {0}")]
+    ListUnusable(String),
     /// The certificate is of another cluster.
     #[error("it belongs to another cluster ({0})")]
     OtherCluster(Uuid),
@@ -59,7 +66,11 @@ pub fn peer_name(
     if facts.cluster != identity.cluster() {
         return Err(PeerError::OtherCluster(facts.cluster));
     }
-    Ok(facts.host)
+    match hosts::removed_at(identity.directory(), &facts.host) {
+        Ok(Some(at)) if facts.issued() <= at => Err(PeerError::Removed(facts.host)),
+        Ok(_) => Ok(facts.host),
+        Err(error) => Err(PeerError::ListUnusable(error.to_string())),
+    }
 }
 
 /// ring's algorithms, AES-128 before AES-256: as strong as our P-256 keys, and a third less work per byte.

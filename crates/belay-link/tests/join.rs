@@ -128,6 +128,15 @@ async fn taken_name_is_refused_and_the_token_stays_good() {
     assert!(belay_link::forget(a.path(), &host("host-b")).unwrap());
     let c = tempfile::tempdir().unwrap();
     join(&again, c.path(), &host("host-b"), &[]).await.unwrap();
+    // The one that was removed stays out, the new one is in.
+    let call = async |directory: &std::path::Path| -> Result<u64, belay_link::CallError> {
+        let identity = std::sync::Arc::new(Identity::load(directory).unwrap());
+        let client = agent.client("host-a", &identity);
+        client.call_within(std::time::Duration::from_secs(2), "double", &21_u64).await
+    };
+    let refused = call(b.path()).await.unwrap_err().to_string();
+    assert!(refused.contains("was removed here"), "{refused}");
+    assert_eq!(call(c.path()).await.unwrap(), 42);
 }
 
 #[tokio::test]

@@ -25,7 +25,7 @@ Exit codes: 0 done, 1 failed, 2 asked wrongly, 3 refused by a check, 4 cancelled
 
 /// Serves devices to virtual machines, and moves running machines between hosts without stopping their I/O.
 #[derive(Debug, Parser)]
-#[command(name = "belay", version, about, after_help = TOP_EXAMPLES, max_term_width = 110)]
+#[command(name = "belay", version, after_help = TOP_EXAMPLES, max_term_width = 110)]
 pub(crate) struct Cli {
     /// The agent's socket
     #[arg(long, global = true, value_name = "PATH", env = "BELAY_SOCKET", default_value = DEFAULT_SOCKET)]
@@ -425,8 +425,12 @@ Examples:
         #[command(flatten)]
         pki: Pki,
     },
-    /// Forget another host: it is not accepted any more
-    #[command(after_help = "Example:\n  belay host remove host-b")]
+    /// Forget another host, and refuse its certificate on this host
+    #[command(after_help = "\
+Example:
+  belay host remove host-b
+
+Run it on every host. Connections that stand end when the agent is restarted. The host can be enrolled again.")]
     Remove {
         /// Its name
         name: String,

@@ -42,11 +42,13 @@ pub(super) async fn run(context: &Context, command: HostCommand) -> Result<(), F
         }
         HostCommand::Remove { name, pki } => {
             let name = HostName::new(&name)?;
-            if !belay_link::forget(&pki.directory, &name)? {
-                return Err(Failure::failed(format!("host {name} is not known here"))
-                    .hint("`belay host list` shows the hosts that are"));
-            }
-            (json!({"removed": name.as_str()}), format!("host {name} removed"))
+            let known = belay_link::forget(&pki.directory, &name)?;
+            let was = if known { "removed" } else { "was not known here" };
+            let text = format!(
+                "host {name} {was}: its certificate is refused on this host from now on\n\
+                 next: the same on every other host; a restart of the agent ends connections that stand"
+            );
+            (json!({"removed": name.as_str(), "was_known": known}), text)
         }
         HostCommand::Renew { pki } => {
             let identity = belay_link::renew(&pki.directory)?;

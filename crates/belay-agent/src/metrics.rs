@@ -11,6 +11,8 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::agent::Agent;
+use crate::device::Managed;
+use crate::ledger::RoleRecord;
 
 /// What the agent counts itself, since it started.
 #[derive(Debug, Default)]
@@ -33,8 +35,7 @@ impl Counts {
 #[derive(Debug)]
 struct Moment {
     version: &'static str,
-    /// Name, and what its thread says.
-    devices: Vec<(String, Snapshot)>,
+    devices: Vec<Seen>,
     vms: u64,
     /// Direction and number.
     handovers: [(&'static str, u64); 2],
@@ -58,7 +59,7 @@ pub fn render(agent: &Agent) -> String {
     let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
     text(Moment {
         version: env!("CARGO_PKG_VERSION"),
-        devices: agent.devices().iter().map(|device| (device.name(), device.snapshot())).collect(),
+        devices: agent.devices().iter().map(|device| Seen::of(device)).collect(),
         vms: agent.vms.all().len() as u64,
         handovers: [("in", load(&agent.counts.handovers_in)), ("out", load(&agent.counts.handovers_out))],
         exchanges: load(&agent.counts.exchanges),
@@ -90,13 +91,33 @@ const COUNTERS: [(&str, &str, Option<Unit>, Reading); 9] = [
     ("link_sent", "Data sent to other hosts", Some(Unit::Bytes), |s| s.link_out_bytes),
 ];
 
-const GAUGES: [(&str, &str, Reading); 5] = [
+const GAUGES: [(&str, &str, Reading); 4] = [
     ("requests_in_flight", "Guest requests in flight", |s| s.in_flight),
     ("epoch", "How often the device's attachment has moved", |s| s.epoch),
-    ("link_up", "Whether the connection to the backing's host is up", |s| s.link_up as u64),
     ("vmm_connected", "Whether a VMM is connected", |s| s.vmm_connected as u64),
     ("rings_running", "Rings of the guest that run", |s| s.rings_running as u64),
 ];
+
+/// A device, as it is at this moment.
+#[derive(Debug)]
+struct Seen {
+    device: String,
+    snapshot: Snapshot,
+    /// Its backing is at another host.
+    remote: bool,
+    /// It cannot be served.
+    failed: bool,
+}
+
+impl Seen {
+    fn of(device: &Managed) -> Self {
+        use RoleRecord::{Cutting, Exchanging, Prepared, Remote};
+        let remote =
+            matches!(device.role(), Remote { .. } | Exchanging { .. } | Cutting { .. } | Prepared { .. });
+        let failed = device.trouble().is_some();
+        Self { device: device.name(), snapshot: device.snapshot(), remote, failed }
+    }
+}
 
 type Progress = fn(&ExchangeProgress) -> u64;
 
@@ -139,7 +160,7 @@ impl Moment {
     fn encode_devices(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         for (name, help, unit, reading) in &COUNTERS {
             let mut metric = encoder.encode_descriptor(name, help, unit.as_ref(), MetricType::Counter)?;
-            for (device, snapshot) in &self.devices {
+            for Seen { device, snapshot, .. } in &self.devices {
                 let labels = [("device", device.as_str())];
                 metric
                     .encode_family(&labels)?
@@ -148,14 +169,28 @@ impl Moment {
         }
         for (name, help, reading) in GAUGES {
             let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-            for (device, snapshot) in &self.devices {
+            for Seen { device, snapshot, .. } in &self.devices {
                 let labels = [("device", device.as_str())];
                 metric.encode_family(&labels)?.encode_gauge(&signed(reading(snapshot)))?;
             }
         }
+        let help = "Whether the device cannot be served";
+        let mut failed = encoder.encode_descriptor("failed", help, None, MetricType::Gauge)?;
+        for seen in &self.devices {
+            failed
+                .encode_family(&[("device", seen.device.as_str())])?
+                .encode_gauge(&i64::from(seen.failed))?;
+        }
+        let help =
+            "Whether the connection to the backing's host is up, of devices that are backed by another host";
+        let mut link = encoder.encode_descriptor("link_up", help, None, MetricType::Gauge)?;
+        for seen in self.devices.iter().filter(|seen| seen.remote) {
+            let up = i64::from(seen.snapshot.link_up);
+            link.encode_family(&[("device", seen.device.as_str())])?.encode_gauge(&up)?;
+        }
         for (name, help, reading) in EXCHANGE {
             let mut metric = encoder.encode_descriptor(name, help, Some(&Unit::Bytes), MetricType::Gauge)?;
-            for (device, snapshot) in &self.devices {
+            for Seen { device, snapshot, .. } in &self.devices {
                 let Some(exchange) = &snapshot.exchange else { continue };
                 let labels = [("device", device.as_str())];
                 metric.encode_family(&labels)?.encode_gauge(&signed(reading(exchange)))?;
@@ -168,7 +203,7 @@ impl Moment {
         let help = "How long guest requests took";
         let kind = MetricType::Histogram;
         let mut metric = encoder.encode_descriptor("request_duration", help, Some(&Unit::Seconds), kind)?;
-        for (device, snapshot) in &self.devices {
+        for Seen { device, snapshot, .. } in &self.devices {
             let histogram = &snapshot.latency_histogram;
             let bounds = LATENCY_BOUNDS_US.iter().map(|us| *us as f64 / 1e6).chain([f64::INFINITY]);
             let buckets: Vec<(f64, u64)> = bounds.zip(histogram.counts).collect();
@@ -209,7 +244,10 @@ mod tests {
         };
         Moment {
             version: "1.2.3",
-            devices: vec![("a\"b".into(), busy), ("idle".into(), Snapshot::default())],
+            devices: vec![
+                Seen { device: "a\"b".into(), snapshot: busy, remote: true, failed: false },
+                Seen { device: "idle".into(), snapshot: Snapshot::default(), remote: false, failed: true },
+            ],
             vms: 1,
             handovers: [("in", 5), ("out", 6)],
             exchanges: 7,
@@ -253,7 +291,8 @@ mod tests {
             ("belay_read_bytes_total{device=\"a\\\"b\"}", 4096.0),
             ("belay_fenced_requests_total{device=\"a\\\"b\"}", 2.0),
             ("belay_link_up{device=\"a\\\"b\"}", 1.0),
-            ("belay_link_up{device=\"idle\"}", 0.0),
+            ("belay_failed{device=\"a\\\"b\"}", 0.0),
+            ("belay_failed{device=\"idle\"}", 1.0),
             ("belay_exchange_local_bytes{device=\"a\\\"b\"}", 40.0),
             ("belay_request_duration_seconds_sum{device=\"a\\\"b\"}", 11.0),
             ("belay_request_duration_seconds_count{device=\"a\\\"b\"}", 4.0),
@@ -261,6 +300,8 @@ mod tests {
             assert_eq!(samples.get(name), Some(&value), "{name} in {samples:#?}");
         }
         assert!(!samples.contains_key("belay_exchange_local_bytes{device=\"idle\"}"));
+        // It has no link that could be down.
+        assert!(!samples.contains_key("belay_link_up{device=\"idle\"}"));
     }
 
     #[test]

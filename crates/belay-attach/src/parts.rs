@@ -27,9 +27,9 @@ pub(crate) fn parts_of(kind: OpKind, len: u64) -> u16 {
 }
 
 impl GuestRequest {
-    /// A part of a request; `txid` is the part's own number.
+    /// A part of a request; `txid` is the part's own number. The only part takes the data.
     pub(crate) fn part(
-        request: &Request,
+        request: &mut Request,
         kind: OpKind,
         (part, parts): (u16, u16),
         txid: TxId,
@@ -38,8 +38,10 @@ impl GuestRequest {
     ) -> Self {
         let skip = u64::from(part) * MAX_REQUEST_BYTES;
         let len = if parts == 1 { request.len } else { (request.len - skip).min(MAX_REQUEST_BYTES) };
-        let data =
-            if parts == 1 { request.data.clone() } else { request.data.part(skip as usize, len as usize) };
+        let data = match parts {
+            1 => std::mem::take(&mut request.data),
+            _ => request.data.part(skip as usize, len as usize),
+        };
         Self {
             queue,
             head: chain.head,

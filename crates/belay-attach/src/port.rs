@@ -467,12 +467,13 @@ impl Device {
     pub(crate) fn adopt(&mut self, index: u16, listed: &ListedRequest) -> Result<usize, String> {
         let ring = self.port.ring(index).ok_or("the ring is gone")?;
         let chain = ring.chain_at(listed.head.0).map_err(|error| error.to_string())?;
-        let (whole, kind) =
+        let (mut whole, kind) =
             self.parse(index, &chain).map_err(|_| "a listed request is not one".to_owned())?;
         let parts = parts_of(kind, whole.len);
         let skip = listed.offset.saturating_sub(whole.offset) / MAX_REQUEST_BYTES;
         let part = u16::try_from(skip).unwrap_or(u16::MAX).min(parts - 1);
-        let request = GuestRequest::part(&whole, kind, (part, parts), listed.txid, (index, chain), self.now);
+        let request =
+            GuestRequest::part(&mut whole, kind, (part, parts), listed.txid, (index, chain), self.now);
         if crate::requests::wire_kind(request.kind) != listed.kind
             || request.offset != listed.offset
             || request.len != listed.len
@@ -671,16 +672,16 @@ impl Device {
     /// Begins a request that was popped, or found again (`txid`: under the number that was marked for it).
     fn begin(&mut self, index: u16, chain: Chain, txid: Option<TxId>) {
         let head = chain.head;
-        let (request, kind) = match self.parse(index, &chain) {
+        let (mut request, kind) = match self.parse(index, &chain) {
             Ok(request) => request,
             Err(0) => return self.reject(index, head),
             Err(written) => return self.give_back(index, head, written),
         };
         let parts = parts_of(kind, request.len);
         let first = self.numbers_of_parts(parts, txid);
-        let part = |part: u16, chain: Chain, born| {
+        let mut part = |part: u16, chain: Chain, born| {
             let txid = TxId(first.0 + u64::from(part));
-            GuestRequest::part(&request, kind, (part, parts), txid, (index, chain), born)
+            GuestRequest::part(&mut request, kind, (part, parts), txid, (index, chain), born)
         };
         let whole = part(0, chain, self.now);
         if let Some(ring) = self.port.ring(index) {

@@ -262,6 +262,8 @@ impl<'a> Taker<'a> {
         match option {
             // The other host's agent says these itself.
             "-daemonize" | "-S" | "-enable-kvm" | "-incoming" | "-runas" | "-run-with" | "-chroot" => {}
+            // Where that host's QEMU has its firmware, it knows itself; what the guest has of it comes with its memory.
+            "-L" => {}
             "-machine" | "-M" => self.machine(text),
             "-accel" => self.accelerator(text),
             "-chardev" => self.chardev(text)?,

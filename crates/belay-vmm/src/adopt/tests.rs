@@ -6,7 +6,7 @@ const LINE: &str = "-name web -machine q35,accel=kvm:tcg,memory-backend=mem0,vmp
     -chardev socket,id=c0,path=/run/belay/devices/root.sock,reconnect=1 \
     -device vhost-user-blk-pci,id=disk-a,chardev=c0,num-queues=2,addr=0x5 \
     -serial file:/run/belay/web.serial -chardev socket,id=con,path=/tmp/con,server=on,wait=off -pidfile /run/web.pid \
-    -kernel vmlinuz -append a=b,c -cdrom /iso/x.iso -S -runas nobody -incoming defer";
+    -kernel vmlinuz -append a=b,c -cdrom /iso/x.iso -S -L /opt/qemu/share -runas nobody -incoming defer";
 
 fn adopt_with(line: &str, by_name: &[String], plugged: &[&str]) -> Result<VmSpec, Refusal> {
     let arguments: Vec<String> = line.split_whitespace().map(str::to_owned).collect();

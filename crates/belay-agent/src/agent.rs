@@ -54,6 +54,8 @@ pub struct Agent {
     pub(crate) preparing: tokio::sync::Mutex<()>,
     /// Devices that leave together.
     pub(crate) departures: Mutex<Vec<Arc<Departure>>>,
+    /// VMs that wait for their memory.
+    pub(crate) expected_memory: crate::ram::Expected,
     devices: Mutex<BTreeMap<String, Arc<Managed>>>,
     clients: Mutex<BTreeMap<String, ControlClient>>,
 }
@@ -73,6 +75,7 @@ impl Agent {
             counts: Counts::default(),
             preparing: tokio::sync::Mutex::default(),
             departures: Mutex::default(),
+            expected_memory: crate::ram::Expected::default(),
             devices: Mutex::default(),
             clients: Mutex::default(),
         })
@@ -491,7 +494,7 @@ impl Agent {
             .map_err(|error| AgentError::unreachable(error.to_string()))
     }
 
-    fn identity(&self) -> Result<Arc<Identity>, AgentError> {
+    pub(crate) fn identity(&self) -> Result<Arc<Identity>, AgentError> {
         self.identity.clone().ok_or_else(|| {
             AgentError::precheck("this host belongs to no cluster")
                 .hint("run `belay host init` or `belay host join`, then restart the agent")

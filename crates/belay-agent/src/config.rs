@@ -77,8 +77,6 @@ pub struct VmmConfig {
     pub qemu: Option<PathBuf>,
     /// The user that QEMU runs as; default: the agent's.
     pub user: Option<String>,
-    /// The address at which an incoming VM's memory is received; default: that of `link.listen`.
-    pub migration_address: Option<String>,
     /// The limit of a VM's memory transfer, in bytes per second; 0: 4 GiB/s.
     pub migration_bandwidth_bytes_per_s: u64,
     /// QEMU arguments that other hosts may choose for a VM that they send here, besides those that are harmless.
@@ -134,7 +132,6 @@ impl Default for VmmConfig {
         Self {
             qemu: None,
             user: None,
-            migration_address: None,
             migration_bandwidth_bytes_per_s: 0,
             allow_args: Vec::new(),
             allow_paths: vec!["/usr/share".into()],
@@ -211,10 +208,7 @@ impl Config {
                 wrong.display().to_string()
             ));
         }
-        match self.vmm.migration_address.as_deref().map(str::parse::<std::net::IpAddr>) {
-            Some(Err(_)) => Err("vmm.migration_address: write an IP address".to_owned()),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     /// Where certificates and keys are.
@@ -286,7 +280,6 @@ mod tests {
             ("[link]\nheartbeat_ms = 0", "link.dead_after_ms"),
             ("[link]\ndead_after_ms = 500", "link.dead_after_ms"),
             ("[exchange]\nin_flight_bytes = 0", "exchange.in_flight_bytes"),
-            ("[vmm]\nmigration_address = \"host-a\"", "vmm.migration_address"),
             ("[vmm]\nallow_args = [\"netdev\"]", "vmm.allow_args"),
             ("[vmm]\nallow_paths = [\"boot\"]", "vmm.allow_paths"),
         ] {

@@ -20,6 +20,7 @@ pub mod new_device;
 pub mod offer;
 pub mod operation;
 pub mod peer;
+mod ram;
 mod recover;
 mod returns;
 pub mod view;
@@ -178,6 +179,9 @@ async fn listen_to_peers(agent: &Arc<Agent>, identity: Arc<Identity>) -> anyhow:
                             drop(place);
                         });
                     });
+                }
+                Incoming::Memory(call) => {
+                    tokio::spawn(Arc::clone(&agent).take_memory(call));
                 }
                 Incoming::Joined(host) => {
                     agent.events.note("link", None, None, format!("host {} was enrolled", host.name))

@@ -24,7 +24,7 @@ use crate::ledger::{MigratingRecord, Mode, RoleRecord};
 use crate::operation::{
     Check, HandoverReport, MigrationFigures, Operation, OperationDevice, RamView, Report,
 };
-use crate::peer::{DeviceQuery, DeviceState, Done, HelloAnswer, Incoming, StartIncoming};
+use crate::peer::{DeviceQuery, DeviceState, Done, HelloAnswer, StartIncoming};
 
 /// Limit of a VM's memory transfer where the configuration has none, in bytes per second.
 const MEMORY_BANDWIDTH: u64 = 4 << 30;
@@ -32,6 +32,13 @@ const MEMORY_BANDWIDTH: u64 = 4 << 30;
 const SETTLED_WITHIN: Duration = Duration::from_secs(60);
 /// How often the destination is asked for the exchange's progress.
 const FOLLOW_POLL: Duration = Duration::from_millis(300);
+
+/// The longest standstill that a migration tries for at first, and the longest that it comes to (QEMU's default).
+const DOWNTIME_AT_FIRST: Duration = Duration::from_millis(30);
+const DOWNTIME_AT_MOST: Duration = Duration::from_millis(300);
+/// Passes over the memory before it gives in, and between two doublings.
+const SHORT_PASSES: u64 = 4;
+const PASSES_PER_DOUBLING: u64 = 2;
 
 /// What is asked for.
 #[derive(Clone, Debug)]
@@ -279,10 +286,10 @@ impl Migration {
         }
         self.marks = self.leaving.devices.iter().map(|device| device.mark()).collect();
         let spec = self.leaving.vm.record.spec.clone().unwrap_or_default();
-        let incoming: Incoming = self.call(60, "start_incoming", &StartIncoming { spec }).await?;
+        let _: Done = self.call(60, "start_incoming", &StartIncoming { spec }).await?;
         self.abort_point()?;
         self.operation.phase("memory", true);
-        let moved = self.move_memory(&qmp, &incoming.uri).await?;
+        let moved = self.move_memory(&qmp).await?;
         if ran {
             self.leaving.give_unused();
             self.leaving.wait_moved(None, true).await?;
@@ -316,7 +323,7 @@ impl Migration {
 
     /// QEMU's part. QEMU stops before the switchover and lets go of the VM when this agent says so: until then
     /// nothing can run at the destination. (If that capability is on already, somebody else will say so.)
-    async fn move_memory(&self, qmp: &Qmp, uri: &str) -> Result<Moved, AgentError> {
+    async fn move_memory(&self, qmp: &Qmp) -> Result<Moved, AgentError> {
         let failed = |error| self.failed(&error);
         let configured = self.leaving.agent.config.vmm.migration_bandwidth_bytes_per_s;
         let bandwidth =
@@ -325,13 +332,19 @@ impl Migration {
         let others = qmp.has_capability(pause).await.map_err(failed)?;
         let wanted = [(Capability::Events, true), (Capability::ReturnPath, true), (pause, true)];
         qmp.set_capabilities(&wanted).await.map_err(failed)?;
-        qmp.set_migration_limits(Some(bandwidth), None).await.map_err(failed)?;
+        let mut downtime = downtime_limit(0);
+        qmp.set_migration_limits(Some(bandwidth), Some(downtime)).await.map_err(failed)?;
         let mut events = qmp.events();
-        qmp.migrate(uri).await.map_err(failed)?;
+        self.leaving.agent.send_memory(qmp, &self.request.vm, &self.request.to).await?;
         let mut let_go = false;
         loop {
             let info = qmp.query_migrate().await.map_err(failed)?;
             if let Some(ram) = info.ram {
+                let wanted = downtime_limit(ram.dirty_sync_count);
+                if wanted > downtime {
+                    downtime = wanted;
+                    qmp.set_migration_limits(None, Some(downtime)).await.map_err(failed)?;
+                }
                 let ram =
                     RamView { total: ram.total, transferred: ram.transferred, remaining: ram.remaining };
                 self.operation.update(|view| view.ram = Some(ram));
@@ -492,4 +505,24 @@ async fn changed(events: &mut broadcast::Receiver<belay_vmm::Event>) {
         }
     };
     let _ = tokio::time::timeout(POLL, further).await;
+}
+
+/// How long the VM may stand still for the rest of its memory, after so many passes over it. QEMU's own limit would be
+/// used up at once: it switches over as soon as the rest fits. Most guests fit a tenth of it after a pass or two.
+fn downtime_limit(passes: u64) -> Duration {
+    let doublings = (passes.saturating_sub(SHORT_PASSES) / PASSES_PER_DOUBLING).min(8) as u32;
+    (DOWNTIME_AT_FIRST * 2_u32.pow(doublings)).min(DOWNTIME_AT_MOST)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_that_dirties_its_memory_fast_may_stand_still_longer_but_not_for_ever() {
+        assert_eq!(downtime_limit(0), DOWNTIME_AT_FIRST);
+        assert_eq!(downtime_limit(SHORT_PASSES + PASSES_PER_DOUBLING), DOWNTIME_AT_FIRST * 2);
+        assert_eq!(downtime_limit(u64::MAX), DOWNTIME_AT_MOST);
+        assert!((1..100).all(|passes| downtime_limit(passes - 1) <= downtime_limit(passes)));
+    }
 }

@@ -106,13 +106,6 @@ pub struct StartIncoming {
     pub spec: Value,
 }
 
-/// Where the memory goes.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Incoming {
-    /// A QEMU migration URI.
-    pub uri: String,
-}
-
 /// Names a VM and its devices.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VmQuery {

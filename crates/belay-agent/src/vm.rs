@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::agent::Agent;
 use crate::error::AgentError;
 use crate::ledger::{MigratingRecord, RoleRecord, SCHEMA, VmRecord};
-use crate::peer::{Done, Incoming, IncomingState, StartIncoming, VmQuery};
+use crate::peer::{Done, IncomingState, StartIncoming, VmQuery};
 use crate::returns::Returns;
 
 /// How long a QEMU that was started may take to serve QMP.
@@ -367,6 +367,7 @@ impl Agent {
     /// There is none, or it does not end.
     pub async fn stop_vm(&self, name: &str) -> Result<(), AgentError> {
         let vm = self.vms.get(name)?;
+        self.expected_memory.forget(name);
         if let Ok(qmp) = vm.qmp().await {
             let _ = qmp.quit().await;
         }
@@ -433,7 +434,7 @@ impl Agent {
         &self,
         peer: &str,
         request: StartIncoming,
-    ) -> Result<Incoming, AgentError> {
+    ) -> Result<Done, AgentError> {
         let mut spec: VmSpec = serde_json::from_value(request.spec).map_err(failed)?;
         spec.check().map_err(failed)?;
         self.check_offered(peer, &spec)?;
@@ -450,35 +451,22 @@ impl Agent {
         spec.qemu = None;
         let qemu = Qemu::find(self.config.vmm.qemu.as_deref()).await.map_err(failed)?;
         let vm = self.start_vm(spec, &qemu, Some(peer)).await?;
-        let address = self.migration_address();
         let qmp = vm.qmp().await?;
         let outcome = async {
-            let port = free_port(&address).map_err(failed)?;
-            let uri = format!("tcp:{address}:{port}");
             qmp.set_capabilities(&[
                 (belay_vmm::Capability::Events, true),
                 (belay_vmm::Capability::ReturnPath, true),
             ])
             .await
             .map_err(failed)?;
-            qmp.migrate_incoming(&uri).await.map_err(failed)?;
-            Ok(Incoming { uri })
+            self.expect_memory(&qmp, &vm.record.name, peer).await?;
+            Ok(Done {})
         }
         .await;
         if outcome.is_err() {
             let _ = self.stop_vm(&vm.record.name).await;
         }
         outcome
-    }
-
-    fn migration_address(&self) -> String {
-        self.config.vmm.migration_address.clone().unwrap_or_else(|| {
-            self.config
-                .link
-                .listen
-                .rsplit_once(':')
-                .map_or_else(|| "127.0.0.1".to_owned(), |(address, _)| address.to_owned())
-        })
     }
 
     /// As a destination: the VM runs here.
@@ -559,11 +547,6 @@ impl Agent {
         }
         Ok(Done {})
     }
-}
-
-/// A port that nobody listens on at this moment.
-fn free_port(address: &str) -> std::io::Result<u16> {
-    Ok(std::net::TcpListener::bind((address, 0))?.local_addr()?.port())
 }
 
 fn last_lines(log: &Path) -> String {

@@ -16,6 +16,7 @@ use tokio_rustls::{TlsConnector, TlsStream};
 use crate::connection::{ControlConnection, DataConnection};
 use crate::greeting::{GreetingError, greet};
 use crate::identity::Identity;
+use crate::memory::{self, MemoryStream};
 use crate::name::HostName;
 use crate::tls;
 
@@ -55,9 +56,9 @@ pub enum DialError {
         /// What was wrong.
         reason: String,
     },
-    /// The peer refused: it does not speak our version, or does not know this kind of connection.
+    /// The peer refused: it does not speak our version, does not know this kind of connection, or does not want it.
     #[error("{host} refused the connection: {reason}")]
-    NoCommonVersion {
+    Refused {
         /// The host wanted.
         host: HostName,
         /// Its reason.
@@ -99,6 +100,28 @@ pub async fn dial_data(
         .map_err(|error| target.unreachable(&error.to_string()))
 }
 
+/// Opens a connection for a VM's memory, like [`dial_control`], and asks the peer to take it for its VM `vm`.
+///
+/// # Errors
+/// There is no connection, or the peer does not expect that VM from this host.
+pub async fn dial_memory(
+    addresses: &[String],
+    expected: &HostName,
+    identity: &Identity,
+    vm: &str,
+    timeout: Duration,
+) -> Result<MemoryStream, DialError> {
+    let target = Target { addresses, expected };
+    let deadline = Instant::now() + timeout;
+    let (stream, ..) = target.dial(ConnectionKind::Memory, identity, timeout).await?;
+    match timeout_at(deadline, memory::call(stream, vm)).await {
+        Ok(Ok(Ok(stream))) => Ok(stream),
+        Ok(Ok(Err(reason))) => Err(DialError::Refused { host: expected.clone(), reason }),
+        Ok(Err(error)) => Err(target.unreachable(&error.to_string())),
+        Err(_) => Err(target.unreachable("it did not answer in time")),
+    }
+}
+
 /// Whom we call, and where.
 #[derive(Clone, Copy)]
 pub(crate) struct Target<'a> {
@@ -133,7 +156,7 @@ impl Target<'_> {
         match greeting {
             Ok(Ok(version)) => Ok((stream, address, version)),
             Ok(Err(GreetingError::Refused(reason))) => {
-                Err(DialError::NoCommonVersion { host: self.expected.clone(), reason })
+                Err(DialError::Refused { host: self.expected.clone(), reason })
             }
             Ok(Err(GreetingError::Foreign(error))) => Err(self.unreachable(&error.to_string())),
             Ok(Err(GreetingError::Io(error))) => Err(self.explain(Some(Missed { address, error }))),

@@ -20,6 +20,7 @@ use crate::greeting::{self, Greeting};
 use crate::hosts::KnownHost;
 use crate::identity::Identity;
 use crate::join;
+use crate::memory::{self, MemoryCall};
 use crate::name::HostName;
 use crate::tls::{self, PeerError};
 
@@ -51,6 +52,8 @@ pub enum Incoming {
     Control(ControlConnection),
     /// A peer that brings a device's data.
     Data(Box<DataConnection>),
+    /// A peer that brings a VM's memory.
+    Memory(MemoryCall),
     /// A host was enrolled over this listener; it is in [`known_hosts`](crate::known_hosts) already.
     Joined(KnownHost),
 }
@@ -243,10 +246,17 @@ impl Caller {
     ) -> Result<Option<Incoming>, Rejection> {
         greeting::answer(&mut stream, Ok(version)).await?;
         let address = self.address;
-        Ok(Some(if kind == ConnectionKind::Data {
-            Incoming::Data(Box::new(DataConnection::detach(stream, peer, address, version)?))
-        } else {
-            Incoming::Control(ControlConnection { peer, address, version, stream: Box::new(stream) })
+        Ok(Some(match kind {
+            ConnectionKind::Data => {
+                Incoming::Data(Box::new(DataConnection::detach(stream, peer, address, version)?))
+            }
+            ConnectionKind::Memory => {
+                let (vm, stream) = memory::read_call(stream).await?;
+                Incoming::Memory(MemoryCall { peer, vm, stream })
+            }
+            ConnectionKind::Control | ConnectionKind::Join => {
+                Incoming::Control(ControlConnection { peer, address, version, stream: Box::new(stream) })
+            }
         }))
     }
 

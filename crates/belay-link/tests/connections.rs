@@ -295,7 +295,7 @@ async fn refusal_of_the_version_reaches_the_one_who_dialled() {
         stream.shutdown().await.unwrap();
     });
     let error = dial_control(&addresses, &host("host-a"), &a.identity, PATIENCE).await.unwrap_err();
-    let expected = DialError::NoCommonVersion { host: host("host-a"), reason: "too old for me".to_owned() };
+    let expected = DialError::Refused { host: host("host-a"), reason: "too old for me".to_owned() };
     assert_eq!(error, expected);
     server.await.unwrap();
 }

@@ -146,7 +146,8 @@ impl Qmp {
         self.execute("migrate-set-parameters", Value::Object(parameters)).await.map(drop)
     }
 
-    /// Destination: listen for the migration at `uri`, such as `tcp:10.0.0.2:49152` or `unix:/path`. A VMM that
+    /// Destination: take the migration from `uri`, such as `tcp:10.0.0.2:49152` (listens there) or `fd:NAME` (see
+    /// [`Qmp::give_descriptor`]). A VMM that
     /// knows how (QEMU ≥ 9.1) stays alive if the migration fails, so that its error can be asked for.
     ///
     /// # Errors

@@ -9,11 +9,14 @@ use crate::detect::QemuVersion;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, oneshot, watch};
@@ -262,7 +265,30 @@ impl Qmp {
             .map_err(|source| QmpError::Reply { command: command.to_owned(), source })
     }
 
+    /// Gives the VMM a descriptor under a name (`getfd`), for a later command on this connection that takes
+    /// `fd:NAME`. One that has the name already is closed.
+    ///
+    /// # Errors
+    ///
+    /// As [`execute`](Self::execute).
+    pub async fn give_descriptor(&self, name: &str, descriptor: OwnedFd) -> Result<(), QmpError> {
+        let given = self.exchange_with("getfd", json!({ "fdname": name }), Some(descriptor));
+        match tokio::time::timeout(DEFAULT_TIMEOUT, given).await {
+            Ok(result) => result.map(drop),
+            Err(_) => Err(QmpError::Timeout { command: "getfd".to_owned(), after: DEFAULT_TIMEOUT }),
+        }
+    }
+
     async fn exchange(&self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        self.exchange_with(command, arguments, None).await
+    }
+
+    async fn exchange_with(
+        &self,
+        command: &str,
+        arguments: Value,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<Value, QmpError> {
         let id = self.0.next_id.fetch_add(1, Ordering::Relaxed);
         let (tx, rx) = oneshot::channel();
         {
@@ -280,7 +306,7 @@ impl Qmp {
         }
         let mut line = Value::Object(message).to_string();
         line.push('\n');
-        self.send(line.into_bytes()).await?;
+        self.send(line.into_bytes(), descriptor).await?;
         match rx.await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err((class, desc))) => Err(QmpError::Command { command: command.to_owned(), class, desc }),
@@ -292,15 +318,38 @@ impl Qmp {
     }
 
     /// Writes a whole line even if the caller's future is dropped half-way: half a line would garble the next.
-    async fn send(&self, line: Vec<u8>) -> Result<(), QmpError> {
+    async fn send(&self, line: Vec<u8>, descriptor: Option<OwnedFd>) -> Result<(), QmpError> {
         let inner = Arc::clone(&self.0);
-        let written = tokio::spawn(async move { inner.writer.lock().await.write_all(&line).await }).await;
+        let written = tokio::spawn(async move {
+            let mut writer = inner.writer.lock().await;
+            let sent = match descriptor {
+                Some(descriptor) => send_with(&writer, &line, &descriptor).await?,
+                None => 0,
+            };
+            writer.write_all(&line[sent..]).await
+        })
+        .await;
         match written {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(QmpError::Closed(error.to_string())),
             Err(error) => Err(QmpError::Closed(error.to_string())),
         }
     }
+}
+
+/// Writes the start of a line, and with it a descriptor. Returns how much of the line went.
+async fn send_with(writer: &OwnedWriteHalf, line: &[u8], descriptor: &OwnedFd) -> std::io::Result<usize> {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let socket: &UnixStream = writer.as_ref();
+    socket
+        .async_io(Interest::WRITABLE, || {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut rights = SendAncillaryBuffer::new(&mut space);
+            let descriptors = [descriptor.as_fd()];
+            rights.push(SendAncillaryMessage::ScmRights(&descriptors));
+            Ok(sendmsg(socket, &[IoSlice::new(line)], &mut rights, SendFlags::NOSIGNAL)?)
+        })
+        .await
 }
 
 /// Forgets a reply that nobody waits for any more.

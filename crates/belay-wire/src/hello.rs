@@ -27,6 +27,8 @@ pub enum ConnectionKind {
     Data = 2,
     /// A host that wants to be enrolled (it has no certificate yet).
     Join = 3,
+    /// A VM's memory on its way from VMM to VMM.
+    Memory = 4,
 }
 
 /// What a client says first.
@@ -76,6 +78,7 @@ impl Hello {
             1 => ConnectionKind::Control,
             2 => ConnectionKind::Data,
             3 => ConnectionKind::Join,
+            4 => ConnectionKind::Memory,
             other => return Err(FrameError::Kind(other)),
         };
         let version = |at: usize| Version(u16::from_le_bytes([bytes[at], bytes[at + 1]]));

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use belay_link::{
     ControlClient, ControlClientOptions, ControlHandler, DataConnection, Heartbeat, HostName, Identity,
-    Incoming, KnownHost, Listener, ListenerOptions, RpcError, serve_control,
+    Incoming, KnownHost, Listener, ListenerOptions, MemoryCall, RpcError, serve_control,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -71,6 +71,7 @@ impl ControlHandler for Echo {
 pub struct Agent {
     pub address: SocketAddr,
     pub data: mpsc::UnboundedReceiver<DataConnection>,
+    pub memory: mpsc::UnboundedReceiver<MemoryCall>,
     pub joined: mpsc::UnboundedReceiver<KnownHost>,
     pub hanging: mpsc::UnboundedReceiver<()>,
     task: JoinHandle<()>,
@@ -91,6 +92,7 @@ impl Agent {
         let mut listener = Listener::bind(address, Arc::clone(identity), options).await.unwrap();
         let address = listener.local_address();
         let (data_sender, data) = mpsc::unbounded_channel();
+        let (memory_sender, memory) = mpsc::unbounded_channel();
         let (joined_sender, joined) = mpsc::unbounded_channel();
         let (hanging_sender, hanging) = mpsc::unbounded_channel();
         let handler = Arc::new(Echo { hanging: hanging_sender });
@@ -102,11 +104,12 @@ impl Agent {
                         served.spawn(serve_control(connection, Arc::clone(&handler), Heartbeat::default()));
                     }
                     Incoming::Data(connection) => drop(data_sender.send(*connection)),
+                    Incoming::Memory(call) => drop(memory_sender.send(call)),
                     Incoming::Joined(host) => drop(joined_sender.send(host)),
                 }
             }
         });
-        Self { address, data, joined, hanging, task }
+        Self { address, data, memory, joined, hanging, task }
     }
 
     /// Ends it as a crash does, and waits until its port is free.

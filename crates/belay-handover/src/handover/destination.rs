@@ -15,7 +15,7 @@
 
 use belay_wire::{Epoch, InflightList, ListedRequest, QueueIndex, Refusal};
 
-use super::rings::{RingStart, adopted_by, all_here};
+use super::rings::{RingStart, adopted_by, all_here, known};
 
 /// What happens to the destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -202,8 +202,13 @@ impl Destination {
             State::Claiming { list, generation, .. } => (list.clone(), *generation, true),
             _ => return (self, Vec::new()),
         };
-        if !claimed && !all_here(&list, &self.waiting) {
-            return (self, Vec::new());
+        if !claimed {
+            if !all_here(&list, &self.waiting) {
+                return (self, Vec::new());
+            }
+            if let Err(reason) = self.waiting.iter().try_for_each(|ring| known(&list, ring)) {
+                return self.fail(reason);
+            }
         }
         let mut actions = Vec::new();
         for ring in std::mem::take(&mut self.waiting) {
@@ -294,6 +299,19 @@ mod tests {
             assert!(matches!(actions[..], [DestinationAction::Fail(_)]), "{what}: {actions:?}");
             assert!(!machine.has_claimed(), "{what}");
         }
+    }
+
+    /// Its VM had stopped, and its agent was killed: it has forgotten the requests in flight of the other ring.
+    #[test]
+    fn list_of_a_source_that_does_not_know_the_ring_claims_nothing() {
+        let (machine, _) = Destination::prepared(Epoch(3)).handle(listed_as(InflightList::default()));
+        let (machine, actions) = machine.handle(start(5, 5));
+        assert!(matches!(actions[..], [DestinationAction::Fail(_)]), "{actions:?}");
+        assert!(!machine.has_claimed());
+        // The disk was not used yet.
+        let (machine, _) = Destination::prepared(Epoch(3)).handle(listed_as(InflightList::default()));
+        let (_, actions) = machine.handle(start(0, 0));
+        assert_eq!(actions[0], CLAIM);
     }
 
     #[test]

@@ -21,6 +21,20 @@ pub(super) fn all_here(list: &InflightList, started: &[RingStart]) -> bool {
     list.requests.iter().all(|request| started.iter().any(|ring| ring.queue == request.queue))
 }
 
+/// Whether the host that made the list knows this ring, or there is nothing to know. An agent that was restarted while
+/// its VM was stopped knows of no ring, and of no request in flight in any: its list says nothing about a ring that
+/// has run, nor about those that are still to come.
+pub(super) fn known(list: &InflightList, ring: &RingStart) -> Result<(), String> {
+    let fresh = ring.base == 0 && ring.used == 0;
+    if fresh || list.queues.iter().any(|listed| listed.queue == ring.queue) {
+        return Ok(());
+    }
+    Err(format!(
+        "queue {}: the ring has run, and the other host, whose agent was restarted, does not know what is in flight",
+        ring.queue
+    ))
+}
+
 /// The listed requests of a ring, checked against how the ring stands in guest memory.
 ///
 /// A VMM whose agent died before the ring ran has wound it back to its used index: it runs from where the list says.

@@ -20,7 +20,7 @@
 
 use belay_wire::{Epoch, InflightList, ListedRequest, QueueIndex, Refusal};
 
-use super::rings::{RingStart, adopted_by, all_here};
+use super::rings::{RingStart, adopted_by, all_here, known};
 
 /// What happens to the host that has the backing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -448,19 +448,21 @@ impl Source {
             return (self, Vec::new());
         }
         let mut actions = Vec::new();
-        self.waiting.retain(|ring| match adopted_by(&list, *ring) {
-            Ok((ring, adopted)) => {
-                if !adopted.is_empty() {
+        let mut fits = !self.waiting.is_empty();
+        for ring in &self.waiting {
+            match known(&list, ring).and_then(|()| adopted_by(&list, *ring)) {
+                Ok((ring, adopted)) if !adopted.is_empty() => {
                     actions.push(SourceAction::MarkRing { ring, adopted });
                 }
-                true
+                Ok(_) => {}
+                Err(reason) => {
+                    actions.push(SourceAction::Misfit { queue: ring.queue, reason });
+                    fits = false;
+                }
             }
-            Err(reason) => {
-                actions.push(SourceAction::Misfit { queue: ring.queue, reason });
-                false
-            }
-        });
-        if !self.waiting.is_empty() && all_here(&list, &self.waiting) {
+        }
+        // All of them or none: what is in flight in a ring that does not fit would be lost.
+        if fits {
             let epoch = self.epoch.next();
             self.state = State::Returning { to: to.clone(), list, epoch };
             actions.push(SourceAction::PersistReturn { from: to, epoch });

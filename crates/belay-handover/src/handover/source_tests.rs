@@ -194,6 +194,40 @@ fn ring_that_does_not_fit_takes_nothing_from_the_borrower() {
     assert!(source.serves_borrower());
 }
 
+/// The borrower's VM had stopped, and its agent was killed: it has forgotten what is in flight.
+#[test]
+fn list_of_a_borrower_that_does_not_know_the_rings_takes_nothing() {
+    let unknown = SourceEvent::BorrowerList { list: InflightList::default(), generation: 1 };
+    let idle = RingStart { queue: QueueIndex(1), size: 8, base: 4, used: 4 };
+    for events in [
+        vec![unknown.clone(), SourceEvent::RingWaits(idle), SourceEvent::RingWaits(ring(7, 6))],
+        vec![SourceEvent::RingWaits(ring(7, 6)), SourceEvent::RingWaits(idle), unknown],
+    ] {
+        let (source, actions) = run(Source::granted("b".into(), Epoch(2)), events);
+        assert!(!actions.iter().any(|action| matches!(action, SourceAction::PersistReturn { .. })));
+        assert!(source.serves_borrower());
+    }
+}
+
+#[test]
+fn ring_that_does_not_fit_keeps_the_others_with_the_borrower_too() {
+    let mut listed = list(7);
+    listed.queues.push(QueueBase { queue: QueueIndex(1), base: 4 });
+    let misfit = RingStart { queue: QueueIndex(1), size: 8, base: 4, used: 3 };
+    let events = vec![
+        SourceEvent::RingWaits(misfit),
+        SourceEvent::RingWaits(ring(7, 6)),
+        SourceEvent::BorrowerList { list: listed.clone(), generation: 1 },
+        SourceEvent::BorrowerList { list: listed, generation: 1 },
+    ];
+    let (source, actions) = run(Source::granted("b".into(), Epoch(2)), events);
+    assert!(
+        !actions.iter().any(|action| matches!(action, SourceAction::PersistReturn { .. })),
+        "{actions:?}"
+    );
+    assert!(source.serves_borrower());
+}
+
 #[test]
 fn return_waits_for_every_ring_with_requests_and_others_may_start_later() {
     let mut listed = list(7);

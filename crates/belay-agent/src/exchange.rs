@@ -52,6 +52,8 @@ impl Agent {
                 ))
                 .hint(format!("`belay exchange {name} --cancel` ends that")));
             }
+            // Nothing is left to do; a caller may not have seen that yet.
+            RoleRecord::Local { .. } if path.is_none() => return Ok(()),
             RoleRecord::Local { .. } => {
                 return Err(AgentError::precheck(format!("the data of device {name} is here already")));
             }

@@ -67,7 +67,7 @@ bitflags::bitflags! {
 impl ProtocolFeatures {
     /// What is offered. CONFIGURE_MEM_SLOTS is understood, but not offered: with it QEMU sends guest memory once per
     /// device, without it at every start of the rings, also on a connection that it has not noticed to be a new one
-    /// (`docs/decisions/0008-memory-comes-with-every-start.md`).
+    /// (`docs/decisions/0012-memory-comes-with-every-start.md`).
     pub(crate) fn offered() -> Self {
         Self::all().difference(Self::CONFIGURE_MEM_SLOTS)
     }

@@ -102,12 +102,12 @@ fn third_host_gets_nothing_by_calls_and_changes_nothing() {
                 ensure!(refused, "{method} {body} at {}: {outcome:?}", host.name);
             }
             // Said of what there is not as well; nothing comes of it.
-            for (method, body) in [
-                ("withdraw", json!({ "devices": [device["id"]] })),
-                ("abort_incoming", json!({ "vm": "vm", "devices": [device["id"]] })),
-            ] {
-                ensure!(third.call(host, method, &body)?.is_ok(), "{method}");
-            }
+            ensure!(third.call(host, "withdraw", &json!({ "devices": [device["id"]] }))?.is_ok());
+            // Who names all devices of a VM by their ids is told that it is here: a host whose migration was finished
+            // by the other one has to know it, also after both agents were restarted.
+            let body = json!({ "vm": "vm", "devices": [device["id"]] });
+            let outcome = third.call(host, "abort_incoming", &body)?;
+            ensure!(outcome.is_ok() || outcome.is_err_and(|code| code == "fenced"));
         }
         ensure!(third.call(&bed.a, "no_such_call", &json!({}))?.is_err());
         ensure!(third.call(&bed.a, "commit_cut", &json!({ "id": 5 }))?.is_err());

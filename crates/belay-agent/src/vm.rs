@@ -368,7 +368,10 @@ impl Agent {
     pub async fn stop_vm(&self, name: &str) -> Result<(), AgentError> {
         let vm = self.vms.get(name)?;
         self.expected_memory.forget(name);
-        if let Ok(qmp) = vm.qmp().await {
+        // One that has ended does not answer: that would be waited for.
+        if vm.is_alive()
+            && let Ok(qmp) = vm.qmp().await
+        {
             let _ = qmp.quit().await;
         }
         if let Some(id) = vm.process().filter(|id| id.is_alive())

@@ -2,12 +2,9 @@
 
 mod support;
 
-use belay_attach::{Command, ExchangeOptions, Role};
+use belay_attach::{Command, ExchangeOptions};
 use support::guest::Guest;
-use support::{Host, Net, identity, wait_for};
-
-const SIZE: u64 = 8 << 20;
-const BLOCKS: u64 = SIZE / 4096;
+use support::{Host, Net, SIZE, offer, start, wait_for};
 
 fn options(net: &Net, name: &str) -> ExchangeOptions {
     ExchangeOptions { map_path: net.path(name), bandwidth: None, in_flight_bytes: 1 << 20, echo: true }
@@ -22,19 +19,14 @@ fn migrate(
     epoch: u64,
     leg: u32,
 ) -> Host {
-    let mut to = Host::new(net, id, epoch, Role::Successor { from: "peer".into() });
-    to.peer(from);
-    from.handle.send(Command::Offer { to: "peer".into() });
-    wait_for(&mut to, from, "Prepared");
+    let mut to = Host::successor(net, id, epoch, from);
+    offer(from, &mut to);
     let socket = net.path(&format!("vmm-{leg}.sock"));
     to.listen(&socket);
     guest.run(200, 16);
     guest.fill(16);
     guest.stop();
-    guest.migrate_away();
-    guest.connect(&socket);
-    guest.fresh_inflight_region();
-    guest.start();
+    guest.migrate_to(&socket);
     wait_for(&mut to, from, "Attached");
     to
 }
@@ -58,21 +50,6 @@ fn exchange(net: &Net, guest: &mut Guest, old: &mut Host, new: &mut Host, leg: u
         }
         new.has_seen("ExchangeDone")
     });
-}
-
-fn start(net: &Net, queues: u16, delay_us: u64, seed: u64) -> (belay_wire::DeviceIdentity, Host, Guest) {
-    let id = identity(queues, SIZE);
-    let host = Host::new(net, &id, 1, Role::Local);
-    let mut spec = net.image("a.img", SIZE);
-    spec.delay_us = (delay_us > 0).then_some(delay_us);
-    host.backend(&spec);
-    let socket = net.path("vmm-0.sock");
-    host.listen(&socket);
-    let mut guest = Guest::new(usize::from(queues), BLOCKS, seed);
-    guest.connect(&socket);
-    guest.fresh_inflight_region();
-    guest.start();
-    (id, host, guest)
 }
 
 #[test]
@@ -189,10 +166,8 @@ fn exchange_under_load_then_back_again() {
 fn handover_taken_back_before_the_claim_leaves_the_guest_where_it_was() {
     let net = Net::new();
     let (id, mut a, mut guest) = start(&net, 2, 1000, 6);
-    let mut b = Host::new(&net, &id, 1, Role::Successor { from: "peer".into() });
-    b.peer(&a);
-    a.handle.send(Command::Offer { to: "peer".into() });
-    wait_for(&mut b, &mut a, "Prepared");
+    let mut b = Host::successor(&net, &id, 1, &a);
+    offer(&mut a, &mut b);
     for _ in 0..5 {
         guest.run(100, 16);
         guest.stop();

@@ -5,7 +5,7 @@ mod support;
 use belay_attach::{Command, ExchangeOptions, Role};
 use belay_wire::DeviceIdentity;
 use support::guest::Guest;
-use support::{Host, Net, identity, wait_for};
+use support::{Host, Net, identity, offer, wait_for};
 
 const SIZE: u64 = 4 << 20;
 const BLOCKS: u64 = SIZE / 4096;
@@ -16,9 +16,7 @@ fn start(net: &Net, delay_us: u64, seed: u64) -> (DeviceIdentity, Host, Guest) {
     let _ = net.image("a.img", SIZE);
     let host = backing(net, &id, 1, Role::Local, delay_us);
     let mut guest = Guest::new(2, BLOCKS, seed);
-    guest.connect(&net.path("a.sock"));
-    guest.fresh_inflight_region();
-    guest.start();
+    guest.plug_in(&net.path("a.sock"));
     (id, host, guest)
 }
 
@@ -38,12 +36,10 @@ fn lent() -> Role {
 
 /// A host that the guest may come to, at the epoch of its source.
 fn successor(net: &Net, id: &DeviceIdentity, epoch: u64, from: &mut Host) -> Host {
-    let mut to = Host::new(net, id, epoch, Role::Successor { from: "peer".into() });
-    to.peer(from);
+    let mut to = Host::successor(net, id, epoch, from);
     to.listen(&net.path("b.sock"));
     from.forget();
-    from.handle.send(Command::Offer { to: "peer".into() });
-    wait_for(&mut to, from, "Prepared");
+    offer(from, &mut to);
     to
 }
 
@@ -302,9 +298,7 @@ fn destination_vmm_that_dies_before_the_list_claims_nothing() {
     let mut b = successor(&net, &id, 1, &mut a);
     // The VM's memory has come before the list, and then its VMM dies.
     let mut other = Guest::new(2, BLOCKS, 1);
-    other.connect(&net.path("b.sock"));
-    other.fresh_inflight_region();
-    other.start();
+    other.plug_in(&net.path("b.sock"));
     other.disconnect();
     wait_for(&mut b, &mut a, "Vmm { connected: false");
     guest.run(50, 16);

@@ -4,27 +4,10 @@ mod support;
 
 use belay_attach::{Command, Role};
 use support::guest::Guest;
-use support::{Host, Net, identity, wait_for};
+use support::{BLOCKS, Host, Net, SIZE, identity, offer, start, wait_for};
 
-const SIZE: u64 = 8 << 20;
-const BLOCKS: u64 = SIZE / 4096;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
-
-fn start(net: &Net, queues: u16, delay_us: u64, seed: u64) -> (belay_wire::DeviceIdentity, Host, Guest) {
-    let id = identity(queues, SIZE);
-    let host = Host::new(net, &id, 1, Role::Local);
-    let mut spec = net.image("a.img", SIZE);
-    spec.delay_us = (delay_us > 0).then_some(delay_us);
-    host.backend(&spec);
-    let socket = net.path("vmm-0.sock");
-    host.listen(&socket);
-    let mut guest = Guest::new(usize::from(queues), BLOCKS, seed);
-    guest.connect(&socket);
-    guest.fresh_inflight_region();
-    guest.start();
-    (id, host, guest)
-}
 
 #[test]
 fn request_that_cannot_be_read_is_answered_with_an_error_where_its_status_is() {
@@ -108,10 +91,8 @@ fn guest_that_does_not_kick_is_polled() {
 fn pauses_go_on_after_a_handover_that_lost_a_request_the_guest_rewrote_under_way() {
     let net = Net::new();
     let (id, mut a, mut guest) = start(&net, 4, 10_000, 4);
-    let mut b = Host::new(&net, &id, 1, Role::Successor { from: "peer".into() });
-    b.peer(&a);
-    a.handle.send(Command::Offer { to: "peer".into() });
-    wait_for(&mut b, &mut a, "Prepared");
+    let mut b = Host::successor(&net, &id, 1, &a);
+    offer(&mut a, &mut b);
     let socket = net.path("vmm-1.sock");
     b.listen(&socket);
     loop {
@@ -146,13 +127,9 @@ fn numbers_that_the_vmm_made_up_in_the_in_flight_region_are_replaced() {
         let mut spec = net.image(&format!("{round}.img"), SIZE);
         spec.delay_us = Some(2000);
         let socket = net.path("vmm-0.sock");
-        let mut host = Host::new(&net, &id, 1, Role::Local);
-        host.backend(&spec);
-        host.listen(&socket);
+        let mut host = Host::local(&net, &id, &spec, &socket);
         let mut guest = Guest::new(2, BLOCKS, round as u64);
-        guest.connect(&socket);
-        guest.fresh_inflight_region();
-        guest.start();
+        guest.plug_in(&socket);
         for _ in 0..3 {
             guest.run(50, 16);
             guest.fill(16);
@@ -176,13 +153,9 @@ fn memory_that_is_cut_short_costs_its_vm_the_device_and_nobody_anything_else() {
     let net = Net::new();
     let (_, mut host, mut guest) = start(&net, 2, 2000, 6);
     let other_id = identity(1, SIZE);
-    let mut other = Host::new(&net, &other_id, 1, Role::Local);
-    other.backend(&net.image("other.img", SIZE));
-    other.listen(&net.path("other.sock"));
+    let mut other = Host::local(&net, &other_id, &net.image("other.img", SIZE), &net.path("other.sock"));
     let mut bystander = Guest::new(1, BLOCKS, 7);
-    bystander.connect(&net.path("other.sock"));
-    bystander.fresh_inflight_region();
-    bystander.start();
+    bystander.plug_in(&net.path("other.sock"));
     for _ in 0..3 {
         guest.run(20, 16);
         guest.fill(16);
@@ -209,13 +182,9 @@ fn file_of_a_device_that_has_left_is_free_when_that_is_told() {
         a.backend(&spec);
         a.listen(&net.path("vmm-0.sock"));
         let mut guest = Guest::new(2, BLOCKS, round);
-        guest.connect(&net.path("vmm-0.sock"));
-        guest.fresh_inflight_region();
-        guest.start();
-        let mut b = Host::new(&net, &id, 1, Role::Successor { from: "peer".into() });
-        b.peer(&a);
-        a.handle.send(Command::Offer { to: "peer".into() });
-        wait_for(&mut b, &mut a, "Prepared");
+        guest.plug_in(&net.path("vmm-0.sock"));
+        let mut b = Host::successor(&net, &id, 1, &a);
+        offer(&mut a, &mut b);
         b.listen(&net.path("vmm-1.sock"));
         guest.stop();
         guest.migrate_to(&net.path("vmm-1.sock"));
@@ -282,10 +251,8 @@ fn request_longer_than_a_frame_is_served_here_and_from_afar_and_moves_and_surviv
     assert!(guest.peek_all(TO as usize, LONG) == bytes, "what was read is not what was written");
 
     // In flight while its guest moves: written there, then read back from afar.
-    let mut b = Host::new(&net, &id, 1, Role::Successor { from: "peer".into() });
-    b.peer(&a);
-    a.handle.send(Command::Offer { to: "peer".into() });
-    wait_for(&mut b, &mut a, "Prepared");
+    let mut b = Host::successor(&net, &id, 1, &a);
+    offer(&mut a, &mut b);
     b.listen(&net.path("vmm-1.sock"));
     let bytes = fill_long(&guest, 2);
     offer_long(&mut guest, true, 8);
@@ -349,9 +316,7 @@ fn write_of_a_guest_that_does_not_flush_is_completed_when_it_is_durable() {
         host.listen(&socket);
         let mut guest = Guest::new(1, BLOCKS, 1);
         guest.declines = declines;
-        guest.connect(&socket);
-        guest.fresh_inflight_region();
-        guest.start();
+        guest.plug_in(&socket);
         let at = guest.scratch() as u64;
         let mut segment = [0; 16];
         segment[8] = 8;
@@ -385,18 +350,14 @@ fn guest_that_does_not_flush_pauses_moves_and_survives() {
     a.listen(&net.path("vmm-0.sock"));
     let mut guest = Guest::new(2, BLOCKS, 21);
     guest.declines = FLUSH;
-    guest.connect(&net.path("vmm-0.sock"));
-    guest.fresh_inflight_region();
-    guest.start();
+    guest.plug_in(&net.path("vmm-0.sock"));
     for _ in 0..3 {
         guest.run(50, 16);
         guest.stop();
         guest.start();
     }
-    let mut b = Host::new(&net, &id, 1, Role::Successor { from: "peer".into() });
-    b.peer(&a);
-    a.handle.send(Command::Offer { to: "peer".into() });
-    wait_for(&mut b, &mut a, "Prepared");
+    let mut b = Host::successor(&net, &id, 1, &a);
+    offer(&mut a, &mut b);
     b.listen(&net.path("vmm-1.sock"));
     guest.run(50, 16);
     guest.stop();

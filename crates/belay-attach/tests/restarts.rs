@@ -2,9 +2,8 @@
 
 mod support;
 
-use belay_attach::{Command, Role};
 use support::guest::Guest;
-use support::{Host, Net, identity, wait_for};
+use support::{Host, Net, identity, offer, wait_for};
 
 const SIZE: u64 = 4 << 20;
 const BLOCKS: u64 = SIZE / 4096;
@@ -18,17 +17,10 @@ fn ring_that_starts_first_draws_no_number_that_a_later_one_has_in_flight() {
     let mut spec = net.image("a.img", SIZE);
     spec.delay_us = Some(2_000_000);
     let socket = net.path("a.sock");
-    let process = || {
-        let host = Host::new(&net, &id, 1, Role::Local);
-        host.backend(&spec);
-        host.listen(&socket);
-        host
-    };
+    let process = || Host::local(&net, &id, &spec, &socket);
     let mut a = process();
     let mut guest = Guest::new(2, BLOCKS, 31);
-    guest.connect(&socket);
-    guest.fresh_inflight_region();
-    guest.start();
+    guest.plug_in(&socket);
     guest.fill(8);
     support::until(|| a.snapshot().in_flight >= 14);
     a.kill();
@@ -42,11 +34,9 @@ fn ring_that_starts_first_draws_no_number_that_a_later_one_has_in_flight() {
     guest.start_ring(1);
     support::until(|| a.snapshot().in_flight >= 28);
     // Numbers count when the guest leaves with requests in flight.
-    let mut b = Host::new(&net, &id, 1, Role::Successor { from: "peer".into() });
-    b.peer(&a);
+    let mut b = Host::successor(&net, &id, 1, &a);
     b.listen(&net.path("b.sock"));
-    a.handle.send(Command::Offer { to: "peer".into() });
-    wait_for(&mut b, &mut a, "Prepared");
+    offer(&mut a, &mut b);
     guest.fill(16);
     guest.stop();
     guest.migrate_to(&net.path("b.sock"));

@@ -176,6 +176,13 @@ impl Guest {
         self.inflight_region = Some(frontend.get_inflight_fd(&want).unwrap());
     }
 
+    /// Connects for the first time, and starts the rings.
+    pub fn plug_in(&mut self, socket: &Path) {
+        self.connect(socket);
+        self.fresh_inflight_region();
+        self.start();
+    }
+
     /// Starts the rings.
     pub fn start(&mut self) {
         self.give_memory();
@@ -319,9 +326,7 @@ impl Guest {
     /// The VM's memory is at the other back-end, and its rings start there.
     pub fn migrate_to(&mut self, socket: &Path) {
         self.migrate_away();
-        self.connect(socket);
-        self.fresh_inflight_region();
-        self.start();
+        self.plug_in(socket);
     }
 
     /// Requests in flight.

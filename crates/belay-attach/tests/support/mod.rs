@@ -129,6 +129,21 @@ impl Host {
         }
     }
 
+    /// A host with a disk and its guest's socket.
+    pub fn local(net: &Net, identity: &DeviceIdentity, disk: &BackendSpec, socket: &Path) -> Self {
+        let host = Self::new(net, identity, 1, Role::Local);
+        host.backend(disk);
+        host.listen(socket);
+        host
+    }
+
+    /// A host that the guest of `from` may come to, once it is offered.
+    pub fn successor(net: &Net, identity: &DeviceIdentity, epoch: u64, from: &Self) -> Self {
+        let host = Self::new(net, identity, epoch, Role::Successor { from: "peer".into() });
+        host.peer(from);
+        host
+    }
+
     /// Opens the backend; waits for the lock of a process that died, as the agent does.
     pub fn backend(&self, spec: &BackendSpec) {
         let deadline = Instant::now() + PATIENCE;
@@ -248,6 +263,28 @@ pub fn wait_for(host: &mut Host, other: &mut Host, what: &str) {
         }
         assert!(Instant::now() < deadline, "no {what}; seen {:?} and {:?}", host.seen, other.seen);
     }
+}
+
+/// Offers a device to a host, and waits until that is prepared.
+pub fn offer(from: &mut Host, to: &mut Host) {
+    from.handle.send(Command::Offer { to: "peer".into() });
+    wait_for(to, from, "Prepared");
+}
+
+/// Bytes, and blocks of 4096 bytes, of the disk of [`start`].
+pub const SIZE: u64 = 8 << 20;
+pub const BLOCKS: u64 = SIZE / 4096;
+
+/// A guest at a host with a disk of so many microseconds' delay; the disk's file is `a.img`, the socket `vmm-0.sock`.
+pub fn start(net: &Net, queues: u16, delay_us: u64, seed: u64) -> (DeviceIdentity, Host, guest::Guest) {
+    let id = identity(queues, SIZE);
+    let mut disk = net.image("a.img", SIZE);
+    disk.delay_us = (delay_us > 0).then_some(delay_us);
+    let socket = net.path("vmm-0.sock");
+    let host = Host::local(net, &id, &disk, &socket);
+    let mut guest = guest::Guest::new(usize::from(queues), BLOCKS, seed);
+    guest.plug_in(&socket);
+    (id, host, guest)
 }
 
 /// Waits until something is so.

@@ -24,7 +24,7 @@ use belay_wire::{DeviceId, Epoch};
 use crate::agent::Agent;
 use crate::device::Managed;
 use crate::error::AgentError;
-use crate::ledger::{DeviceRecord, RoleRecord, allowed};
+use crate::ledger::RoleRecord;
 
 /// A device that another host has asked for.
 #[derive(Clone, Copy, Debug)]
@@ -170,25 +170,19 @@ impl Agent {
 
     /// Writes the grants of these claims with one write, then lets the devices go.
     async fn grant_all(&self, claims: &[Claim], to: &str) -> Result<(), AgentError> {
-        let mut devices = Vec::new();
-        for claim in claims {
-            let device = self.device_by_id(claim.device);
-            devices.push(device.ok_or_else(|| AgentError::failed("the device is not here any more"))?);
-        }
-        let mut locks = Vec::new();
-        let mut records = Vec::new();
-        for (device, claim) in devices.iter().zip(claims) {
-            locks.push(device.writing.lock().await);
-            records.push(granted(device.record(), claim.epoch, to)?);
-        }
-        self.write_records(records.clone()).await?;
-        for ((device, claim), record) in devices.iter().zip(claims).zip(records) {
-            device.set_record(record);
-            // The destination's word may come after the report is made.
+        let moves: Vec<_> = claims.iter().map(|claim| (claim.device, claim.epoch)).collect();
+        let lent = |role: &RoleRecord| match role {
+            RoleRecord::Local { backend } => {
+                Some(RoleRecord::Lent { backend: backend.clone(), to: to.to_owned() })
+            }
+            _ => None,
+        };
+        // The destination's word may come after the report is made.
+        let count = |index: usize, device: &Managed| {
             device.figures.lock().unwrap_or_else(PoisonError::into_inner).requests_in_flight =
-                claim.in_flight;
-            device.send(Command::GrantDurable { epoch: claim.epoch });
-        }
+                claims[index].in_flight;
+        };
+        let devices = self.hand_over(&moves, lent, count, |epoch| Command::GrantDurable { epoch }).await?;
         for (device, claim) in devices.iter().zip(claims) {
             let message = format!("{to} claimed it with {} requests in flight", claim.in_flight);
             self.events.note("handover", Some(&device.name()), None, message);
@@ -197,52 +191,17 @@ impl Agent {
     }
 }
 
-/// The record of a device that is granted, unless it cannot be.
-fn granted(record: DeviceRecord, epoch: Epoch, to: &str) -> Result<DeviceRecord, AgentError> {
-    let RoleRecord::Local { backend } = &record.role else {
-        return Err(AgentError::failed(format!("the ledger says {:?}", record.role)));
-    };
-    let role = RoleRecord::Lent { backend: backend.clone(), to: to.to_owned() };
-    if epoch <= record.epoch || !allowed(&record.role, &role) {
-        return Err(AgentError::fenced(format!("it is in epoch {} already, not {epoch}", record.epoch)));
-    }
-    Ok(DeviceRecord { epoch, role, offered: None, bandwidth: None, ..record })
-}
-
 #[cfg(test)]
 mod tests {
-    use belay_block::{BackendSpec, Driver};
-    use belay_wire::DeviceIdentity;
-    use belay_wire::device::{BlockGeometry, DeviceClass};
-
     use super::*;
-    use crate::config::Config;
-    use crate::ledger::Ledger;
+    use crate::testing::{self, identity, memory};
 
     /// An agent with two devices, and the folder that it lives in.
     async fn agent() -> (tempfile::TempDir, Arc<Agent>, [Arc<Managed>; 2]) {
-        let folder = tempfile::tempdir().unwrap();
-        let ledger = Ledger::open(&folder.path().join("ledger.redb")).unwrap();
-        let config = Config { runtime_dir: folder.path().to_owned(), ..Config::default() };
-        let agent = Agent::new(config, None, ledger);
+        let (folder, agent) = testing::agent();
         let mut devices = Vec::new();
         for name in ["disk0", "disk1"] {
-            let class = DeviceClass::Block(BlockGeometry {
-                size_bytes: 1 << 20,
-                block_bytes: 512,
-                queues: 1,
-                queue_entries: 128,
-                read_only: false,
-                serial: String::new(),
-            });
-            let identity = DeviceIdentity { id: DeviceId::random(), name: name.into(), vm: None, class };
-            let backend = BackendSpec {
-                driver: Driver::Memory,
-                path: None,
-                size_bytes: Some(1 << 20),
-                ..BackendSpec::file("/none".into())
-            };
-            devices.push(agent.add_device(identity, backend).await.unwrap());
+            devices.push(agent.add_device(identity(name), memory()).await.unwrap());
         }
         let devices = devices.try_into().unwrap_or_else(|_| unreachable!());
         (folder, agent, devices)

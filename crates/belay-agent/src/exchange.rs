@@ -380,42 +380,20 @@ mod tests {
 
     #[tokio::test]
     async fn exchange_that_is_asked_for_right_after_the_handover_waits_for_its_record() {
-        use belay_wire::device::{BlockGeometry, DeviceClass};
-        use belay_wire::{DeviceId, DeviceIdentity, Epoch};
+        use belay_wire::Epoch;
 
-        use crate::ledger::{Mode, SCHEMA};
+        use crate::ledger::Mode;
 
-        let folder = tempfile::tempdir().unwrap();
-        let ledger = crate::ledger::Ledger::open(&folder.path().join("ledger.redb")).unwrap();
-        let config = crate::config::Config {
-            runtime_dir: folder.path().to_owned(),
-            ..crate::config::Config::default()
-        };
-        let agent = Agent::new(config, None, ledger);
+        let (_folder, agent) = crate::testing::agent();
         let from = "host-x".to_owned();
-        let geometry = BlockGeometry {
-            size_bytes: 1 << 20,
-            block_bytes: 512,
-            queues: 1,
-            queue_entries: 128,
-            read_only: false,
-            serial: String::new(),
+        let role = RoleRecord::Prepared {
+            from: from.clone(),
+            mode: Mode::Stay,
+            delay_us: None,
+            direct: false,
+            replaces: None,
         };
-        let class = DeviceClass::Block(geometry);
-        let record = DeviceRecord {
-            schema: SCHEMA,
-            identity: DeviceIdentity { id: DeviceId::random(), name: "disk0".into(), vm: None, class },
-            epoch: Epoch(1),
-            role: RoleRecord::Prepared {
-                from: from.clone(),
-                mode: Mode::Stay,
-                delay_us: None,
-                direct: false,
-                replaces: None,
-            },
-            offered: None,
-            bandwidth: None,
-        };
+        let record = crate::testing::record("disk0", Epoch(1), role);
         let device = agent.start_device(record).await.unwrap();
         let asked = tokio::spawn({
             let (agent, device) = (Arc::clone(&agent), Arc::clone(&device));

@@ -9,6 +9,7 @@ pub mod device;
 pub mod error;
 pub mod events;
 mod exchange;
+mod hand_over;
 mod home;
 mod leaving;
 pub mod ledger;
@@ -23,6 +24,8 @@ pub mod peer;
 mod ram;
 mod recover;
 mod returns;
+#[cfg(test)]
+mod testing;
 pub mod view;
 pub mod vm;
 

@@ -403,35 +403,16 @@ impl Agent {
 
 #[cfg(test)]
 mod tests {
-    use belay_wire::device::{BlockGeometry, DeviceClass};
-
     use super::*;
-    use crate::config::Config;
-    use crate::ledger::Ledger;
+    use crate::testing::{agent, identity};
 
     #[tokio::test]
     async fn device_that_cannot_be_served_here_leaves_no_record_of_its_preparation() {
-        let folder = tempfile::tempdir().unwrap();
-        let ledger = Ledger::open(&folder.path().join("ledger.redb")).unwrap();
+        let (folder, agent) = agent();
         // Where the folder of the sockets would be made there is a file.
         std::fs::write(folder.path().join("devices"), "").unwrap();
-        let config = Config { runtime_dir: folder.path().to_owned(), ..Config::default() };
-        let agent = Agent::new(config, None, ledger);
-        let identity = DeviceIdentity {
-            id: DeviceId::random(),
-            name: "disk0".into(),
-            vm: None,
-            class: DeviceClass::Block(BlockGeometry {
-                size_bytes: 1 << 20,
-                block_bytes: 512,
-                queues: 1,
-                queue_entries: 128,
-                read_only: false,
-                serial: String::new(),
-            }),
-        };
         let prepare = Prepare {
-            identity,
+            identity: identity("disk0"),
             epoch: Epoch(1),
             mode: Mode::Stay,
             needed_bytes: 0,

@@ -14,7 +14,7 @@ use belay_wire::{DeviceId, Epoch};
 use crate::agent::Agent;
 use crate::device::Managed;
 use crate::error::AgentError;
-use crate::ledger::{DeviceRecord, RoleRecord, allowed};
+use crate::ledger::RoleRecord;
 use crate::peer::{Done, VmQuery};
 use crate::vm::Vm;
 
@@ -152,23 +152,14 @@ impl Agent {
 
     /// Takes devices back with one write.
     async fn take_all(&self, claims: &[(DeviceId, Epoch)], from: &str) -> Result<(), AgentError> {
-        let mut devices = Vec::new();
-        for (id, _) in claims {
-            let device = self.device_by_id(*id);
-            devices.push(device.ok_or_else(|| AgentError::failed("the device is not here any more"))?);
-        }
-        let mut locks = Vec::new();
-        let mut records = Vec::new();
-        for (device, (_, epoch)) in devices.iter().zip(claims) {
-            locks.push(device.writing.lock().await);
-            records.push(returned(device.record(), *epoch, from)?);
-        }
-        devices.iter().for_each(|device| device.set_came_from(from));
-        self.write_records(records.clone()).await?;
-        for ((device, (_, epoch)), record) in devices.iter().zip(claims).zip(records) {
-            device.set_record(record);
-            device.send(Command::ReturnDurable { epoch: *epoch });
-        }
+        let local = |role: &RoleRecord| match role {
+            RoleRecord::Lent { backend, to } if to == from => {
+                Some(RoleRecord::Local { backend: backend.clone() })
+            }
+            _ => None,
+        };
+        let came = |_, device: &Managed| device.set_came_from(from);
+        let devices = self.hand_over(claims, local, came, |epoch| Command::ReturnDurable { epoch }).await?;
         for device in &devices {
             let message = format!("its guest has come home from {from}");
             self.events.note("handover", Some(&device.name()), None, message);
@@ -177,47 +168,17 @@ impl Agent {
     }
 }
 
-/// The record of a device whose guest has come home, unless it cannot have.
-fn returned(record: DeviceRecord, epoch: Epoch, from: &str) -> Result<DeviceRecord, AgentError> {
-    let role = match &record.role {
-        RoleRecord::Lent { backend, to } if to == from => RoleRecord::Local { backend: backend.clone() },
-        role => return Err(AgentError::failed(format!("the ledger says {role:?}"))),
-    };
-    if epoch <= record.epoch || !allowed(&record.role, &role) {
-        return Err(AgentError::fenced(format!("it is in epoch {} already, not {epoch}", record.epoch)));
-    }
-    Ok(DeviceRecord { epoch, role, offered: None, bandwidth: None, ..record })
-}
-
 #[cfg(test)]
 mod tests {
-    use belay_block::{BackendSpec, Driver};
-    use belay_wire::DeviceIdentity;
-    use belay_wire::device::{BlockGeometry, DeviceClass};
-
     use super::*;
-    use crate::config::Config;
-    use crate::ledger::{Ledger, Mode, SCHEMA, VmRecord};
+    use crate::ledger::{DeviceRecord, Mode, SCHEMA, VmRecord};
+    use crate::testing::{self, memory};
 
     const FROM: &str = "host-x";
 
     fn record(name: &str, lent: bool) -> DeviceRecord {
-        let class = DeviceClass::Block(BlockGeometry {
-            size_bytes: 1 << 20,
-            block_bytes: 512,
-            queues: 1,
-            queue_entries: 128,
-            read_only: false,
-            serial: String::new(),
-        });
-        let backend = BackendSpec {
-            driver: Driver::Memory,
-            path: None,
-            size_bytes: Some(1 << 20),
-            ..BackendSpec::file("/none".into())
-        };
         let role = if lent {
-            RoleRecord::Lent { backend, to: FROM.into() }
+            RoleRecord::Lent { backend: memory(), to: FROM.into() }
         } else {
             RoleRecord::Prepared {
                 from: FROM.into(),
@@ -227,22 +188,12 @@ mod tests {
                 replaces: None,
             }
         };
-        DeviceRecord {
-            schema: SCHEMA,
-            identity: DeviceIdentity { id: DeviceId::random(), name: name.into(), vm: None, class },
-            epoch: Epoch(2),
-            role,
-            offered: None,
-            bandwidth: None,
-        }
+        testing::record(name, Epoch(2), role)
     }
 
     /// A VM comes here with two devices that are lent, and one that it brings along or not.
     async fn agent(brings: bool) -> (tempfile::TempDir, Arc<Agent>, Vec<Arc<Managed>>, Arc<Vm>) {
-        let folder = tempfile::tempdir().unwrap();
-        let ledger = Ledger::open(&folder.path().join("ledger.redb")).unwrap();
-        let config = Config { runtime_dir: folder.path().to_owned(), ..Config::default() };
-        let agent = Agent::new(config, None, ledger);
+        let (folder, agent) = testing::agent();
         let mut devices = Vec::new();
         for (name, lent) in [("disk0", true), ("disk1", true), ("disk2", false)] {
             if lent || brings {

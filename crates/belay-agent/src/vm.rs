@@ -563,9 +563,7 @@ mod tests {
 
     #[tokio::test]
     async fn peer_starts_no_vm_without_disks_that_it_has_offered() {
-        let folder = tempfile::tempdir().unwrap();
-        let ledger = crate::ledger::Ledger::open(&folder.path().join("ledger.redb")).unwrap();
-        let agent = Agent::new(crate::config::Config::default(), None, ledger);
+        let (_folder, agent) = crate::testing::agent();
         for disks in ["", "disks = [{ device = \"disk0\" }]"] {
             let spec = VmSpec::from_toml(&format!("name = \"vm\"\nmemory_mib = 64\n{disks}\n")).unwrap();
             let spec = serde_json::to_value(&spec).unwrap();

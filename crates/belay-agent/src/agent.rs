@@ -486,19 +486,21 @@ impl Agent {
     }
 
     async fn dial_once(&self, peer: &str) -> Result<DataConnection, AgentError> {
-        let identity = self.identity()?;
-        let host = HostName::new(peer).map_err(|error| AgentError::usage(error.to_string()))?;
-        let addresses = self.addresses(peer)?;
+        let (host, identity, addresses) = self.way_to(peer)?;
         dial_data(&addresses, &host, &identity, DIAL_TIMEOUT)
             .await
             .map_err(|error| AgentError::unreachable(error.to_string()))
     }
 
-    pub(crate) fn identity(&self) -> Result<Arc<Identity>, AgentError> {
-        self.identity.clone().ok_or_else(|| {
+    /// What a connection to another host takes: its name, who this host is, and where the other one is reached.
+    pub(crate) fn way_to(&self, host: &str) -> Result<(HostName, Arc<Identity>, Vec<String>), AgentError> {
+        let identity = self.identity.clone().ok_or_else(|| {
             AgentError::precheck("this host belongs to no cluster")
                 .hint("run `belay host init` or `belay host join`, then restart the agent")
-        })
+        })?;
+        let addresses = self.addresses(host)?;
+        let name = HostName::new(host).map_err(|error| AgentError::usage(error.to_string()))?;
+        Ok((name, identity, addresses))
     }
 
     /// Calls to another host's agent.
@@ -506,9 +508,7 @@ impl Agent {
     /// # Errors
     /// The host is not known, or this one is not enrolled.
     pub fn client(&self, host: &str) -> Result<ControlClient, AgentError> {
-        let identity = self.identity()?;
-        let addresses = self.addresses(host)?;
-        let name = HostName::new(host).map_err(|error| AgentError::usage(error.to_string()))?;
+        let (name, identity, addresses) = self.way_to(host)?;
         let mut clients = self.clients.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let client = clients.entry(host.to_owned()).or_insert_with(|| {
             ControlClient::new(name, addresses, identity, ControlClientOptions::default())

@@ -161,9 +161,7 @@ impl Leaving {
         if !departure.is_held().await {
             return;
         }
-        let state: Result<IncomingState, AgentError> =
-            self.agent.call_host(&self.to, CALL, "incoming_state", &self.query()).await;
-        let ready = match state {
+        let ready = match self.incoming_state().await {
             Ok(state) => state.has_arrived() && state.home_ready,
             // An agent of before takes the disks one by one: more cannot be known.
             Err(error) => error.code == RpcError::UNKNOWN_METHOD,
@@ -190,11 +188,14 @@ impl Leaving {
         }
     }
 
+    /// How the VM is at the other host.
+    async fn incoming_state(&self) -> Result<IncomingState, AgentError> {
+        self.agent.call_host(&self.to, CALL, "incoming_state", &self.query()).await
+    }
+
     /// What the destination says about the VM and its devices. If it cannot be asked, nothing is known.
     async fn can_still_move(&self) -> Result<(), AgentError> {
-        let state: Result<IncomingState, AgentError> =
-            self.agent.call_host(&self.to, CALL, "incoming_state", &self.query()).await;
-        if state.is_ok_and(|state| state.state == "gone") {
+        if self.incoming_state().await.is_ok_and(|state| state.state == "gone") {
             return Err(AgentError::failed(format!("the VM has ended at {}", self.to)));
         }
         for device in self.devices.iter().filter(|device| !has_moved(device)) {
@@ -219,7 +220,7 @@ impl Leaving {
     }
 
     /// The devices are there: the other host is told, and the VM is ended here, whatever it does.
-    pub(crate) async fn finish(&self) -> Result<(), AgentError> {
+    pub(crate) async fn finish(&self) {
         let told: Result<Done, AgentError> =
             self.agent.call_host(&self.to, CALL, "incoming_done", &self.query()).await;
         if let Err(error) = told {
@@ -229,7 +230,9 @@ impl Leaving {
             self.agent.close_departure(departure);
         }
         // Everything that was in flight has its memory here until its completion has been sent.
-        self.agent.stop_vm(&self.vm.record.name).await
+        if let Err(error) = self.agent.stop_vm(&self.vm.record.name).await {
+            self.note(format!("does not end here: {error}"));
+        }
     }
 
     /// The VM goes on here.
@@ -284,9 +287,7 @@ impl Leaving {
                 }
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
-            if let Err(error) = self.finish().await {
-                self.note(format!("does not end here: {error}"));
-            }
+            self.finish().await;
         }
         here
     }
@@ -295,9 +296,7 @@ impl Leaving {
     async fn runs_there(&self) -> bool {
         let mut backoff = Backoff::default();
         loop {
-            let state: Result<IncomingState, AgentError> =
-                self.agent.call_host(&self.to, CALL, "incoming_state", &self.query()).await;
-            match state {
+            match self.incoming_state().await {
                 Ok(state) => return state.has_arrived(),
                 Err(error) if error.code == "unreachable" => {
                     tracing::warn!(vm = %self.vm.record.name, %error, "asking again whether it has arrived");

@@ -238,9 +238,7 @@ impl Migration {
     /// The VM and its devices are there.
     async fn done(&self, moved: Moved) {
         let handover = self.figures().await;
-        if let Err(error) = self.leaving.finish().await {
-            self.leaving.note(format!("does not end here: {error}"));
-        }
+        self.leaving.finish().await;
         self.report(moved, handover).await;
     }
 

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use belay_link::{DialError, HostName, MemoryCall, MemoryStream, dial_memory};
+use belay_link::{DialError, MemoryCall, MemoryStream, dial_memory};
 use belay_vmm::Qmp;
 
 use crate::agent::Agent;
@@ -75,8 +75,7 @@ impl Agent {
     /// As a source: opens the way to a host where the VM waits for its memory, and lets QEMU migrate over it.
     pub(crate) async fn send_memory(&self, qmp: &Qmp, vm: &str, to: &str) -> Result<(), AgentError> {
         let failed = |error: &dyn std::fmt::Display| AgentError::failed(format!("VM {vm}: {error}"));
-        let host = HostName::new(to).map_err(|error| failed(&error))?;
-        let (identity, addresses) = (self.identity()?, self.addresses(to)?);
+        let (host, identity, addresses) = self.way_to(to)?;
         let stream =
             dial_memory(&addresses, &host, &identity, vm, DIAL_TIMEOUT).await.map_err(
                 |error| match error {

@@ -74,8 +74,7 @@ impl Agent {
         let name = vm.record.name.clone();
         let note = |message: String| self.events.note("migration", None, Some(&name), message);
         note(format!("was on its way to {} when the agent ended", way.to));
-        let devices: Vec<Arc<Managed>> =
-            vm.record.devices.iter().filter_map(|name| self.device(name).ok()).collect();
+        let devices = self.devices_of(&vm);
         let departure = devices.iter().find_map(|device| self.departure_of(device.identity().id));
         let leaving = Leaving {
             agent: Arc::clone(&self),
@@ -87,9 +86,7 @@ impl Agent {
         };
         if leaving.is_committed().await {
             note(format!("runs at {}: its devices had been granted", way.to));
-            if let Err(error) = leaving.finish().await {
-                note(format!("does not end here: {error}"));
-            }
+            leaving.finish().await;
             return;
         }
         // QEMU starts the rings of a disk only if it is connected.
@@ -98,9 +95,7 @@ impl Agent {
             && leaving.wait_moved(Some(MOVED_WITHIN), false).await.is_ok()
         {
             note(format!("runs at {}", way.to));
-            if let Err(error) = leaving.finish().await {
-                note(format!("does not end here: {error}"));
-            }
+            leaving.finish().await;
             return;
         }
         if !leaving.end().await {
@@ -118,12 +113,16 @@ impl Agent {
         note("is off: the VM goes on here".to_owned());
     }
 
+    /// Those of a VM's devices that are here.
+    fn devices_of(&self, vm: &Vm) -> Vec<Arc<Managed>> {
+        vm.record.devices.iter().filter_map(|name| self.device(name).ok()).collect()
+    }
+
     /// QEMU 7.2 does not start a disk whose agent was away when the guest began to run, and is silent on its next
     /// connection: a short pause makes it try again.
     async fn start_disks_of(&self, vm: &Vm) -> Result<(), AgentError> {
         let failed = |error: belay_vmm::QmpError| AgentError::failed(error.to_string());
-        let devices: Vec<Arc<Managed>> =
-            vm.record.devices.iter().filter_map(|name| self.device(name).ok()).collect();
+        let devices = self.devices_of(vm);
         wait_connected(&devices).await;
         let silent = || devices.iter().any(|device| device.snapshot().vmm_silent);
         let deadline = Instant::now() + GREETED_WITHIN;

@@ -6,15 +6,15 @@ use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
-use belay_link::{DialError, dial_memory};
+use belay_link::{DialError, MemoryStream, dial_memory};
 use common::{Agent, Cluster, PATIENCE, host};
 
 /// What a VMM sends at a time, and altogether.
 const PIECE: usize = 64 << 10;
 const PIECES: usize = 300;
 
-#[tokio::test(flavor = "multi_thread")]
-async fn bytes_go_both_ways_and_each_end_is_told() {
+/// Both ends of a connection that was let in.
+async fn connected() -> (MemoryStream, MemoryStream) {
     let a = Cluster::new("host-a");
     let mut agent = Agent::start(&a.identity).await;
     let addresses = agent.addresses();
@@ -26,9 +26,15 @@ async fn bytes_go_both_ways_and_each_end_is_told() {
         call.accept().await.unwrap()
     };
     let (source, destination) = tokio::join!(dialled, answered);
+    (source.unwrap(), destination)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bytes_go_both_ways_and_each_end_is_told() {
+    let (source, destination) = connected().await;
     let (mut source_vmm, source_end) = UnixStream::pair().unwrap();
     let (mut destination_vmm, destination_end) = UnixStream::pair().unwrap();
-    let source = tokio::spawn(source.unwrap().carry(source_end.into()));
+    let source = tokio::spawn(source.carry(source_end.into()));
     let destination = tokio::spawn(destination.carry(destination_end.into()));
     let received = tokio::task::spawn_blocking(move || {
         destination_vmm.write_all(b"ready").unwrap();
@@ -58,15 +64,9 @@ async fn bytes_go_both_ways_and_each_end_is_told() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_connection_is_the_end_for_both_vmms() {
-    let a = Cluster::new("host-a");
-    let mut agent = Agent::start(&a.identity).await;
-    let addresses = agent.addresses();
-    let name = host("host-a");
-    let dialled = dial_memory(&addresses, &name, &a.identity, "vm", PATIENCE);
-    let answered = async { agent.memory.recv().await.unwrap().accept().await.unwrap() };
-    let (source, destination) = tokio::join!(dialled, answered);
+    let (source, destination) = connected().await;
     let (mut vmm, end) = UnixStream::pair().unwrap();
-    let carried = tokio::spawn(source.unwrap().carry(end.into()));
+    let carried = tokio::spawn(source.carry(end.into()));
     // As when the other agent is killed.
     drop(destination);
     let end = tokio::task::spawn_blocking(move || vmm.read(&mut [0; 1]));

@@ -111,13 +111,15 @@ fn demonstrate(belay: &Path, probe: &Path, guest: &Path, out: &Path) -> Result<(
     outcome
 }
 
-/// After a failure: what the agents and QEMU said.
+/// After a failure: what the agents, QEMU and the guest said.
 fn keep_logs(sockets: &Path, out: &Path) {
     for host in ["host-a", "host-b"] {
         let folder = sockets.join(host);
         let Ok(mut log) = std::fs::read_to_string(folder.join("agent.log")) else { continue };
         for vm in [VM, evacuation::VM] {
-            log += &std::fs::read_to_string(folder.join("vms").join(format!("{vm}.log"))).unwrap_or_default();
+            for said in [folder.join("vms").join(format!("{vm}.log")), folder.join(format!("{vm}.console"))] {
+                log += &String::from_utf8_lossy(&std::fs::read(said).unwrap_or_default());
+            }
         }
         let path = out.join(format!("{host}.log"));
         if std::fs::write(&path, log).is_ok() {

@@ -250,6 +250,7 @@ impl Agent {
             role,
             link,
             spin: Duration::from_micros(self.config.data_plane.spin_us),
+            memory_slots: self.config.data_plane.memory_slots,
         };
         let failed =
             |error: std::io::Error| AgentError::failed(format!("device {name} cannot be started: {error}"));

@@ -101,6 +101,9 @@ pub struct ExchangeConfig {
 pub struct DataPlaneConfig {
     /// How long a device's thread looks for work before it sleeps, at most, in microseconds.
     pub spin_us: u64,
+    /// Offers VMMs to add and remove memory piece by piece (CONFIGURE_MEM_SLOTS). For those that insist on it, or have
+    /// more than 8 pieces. A guest of QEMU that is paused while the agent is restarted then hangs.
+    pub memory_slots: bool,
 }
 
 impl Default for Config {
@@ -147,7 +150,7 @@ impl Default for ExchangeConfig {
 
 impl Default for DataPlaneConfig {
     fn default() -> Self {
-        Self { spin_us: 80 }
+        Self { spin_us: 80, memory_slots: false }
     }
 }
 

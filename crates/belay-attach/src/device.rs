@@ -108,6 +108,8 @@ pub(crate) struct Device {
     /// The VMM's socket has to be looked at without a poll's word.
     pub(crate) vmm_readable_later: bool,
     next_conn_id: u64,
+    /// Whether VMMs are offered CONFIGURE_MEM_SLOTS.
+    pub(crate) memory_slots: bool,
     link: LinkTimes,
     spin: Spin,
     notices: Sender<Notice>,
@@ -165,6 +167,7 @@ impl Device {
             vmm_readable_later: false,
             next_conn_id: 1,
             link: config.link,
+            memory_slots: config.memory_slots,
             spin: Spin::new(config.spin),
             notices: ends.notices,
             commands: ends.commands,

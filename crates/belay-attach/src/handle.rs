@@ -63,6 +63,8 @@ pub struct DeviceConfig {
     pub link: LinkTimes,
     /// How long the thread looks for work without sleeping after it had some. 0: it never spins.
     pub spin: Duration,
+    /// Whether VMMs are offered CONFIGURE_MEM_SLOTS.
+    pub memory_slots: bool,
 }
 
 /// How an exchange is done.

@@ -184,6 +184,7 @@ impl Device {
             queues: self.block.queues,
             queue_entries: self.block.queue_entries,
             config: belay_block::virtio::config_space(&self.block),
+            memory_slots: self.memory_slots,
         };
         match Connection::new(socket, offer) {
             Ok(connection) => {

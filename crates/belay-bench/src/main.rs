@@ -128,12 +128,15 @@ impl<'a> Bench<'a> {
             println!("bench: peer: {}", programs.version(name)?);
         }
         let mut bed = Bed::start(&belay)?;
+        // The driver insists on memory slots.
+        let mut data_plane = "[data_plane]\nmemory_slots = true\n".to_owned();
         if let Some(spin_us) = options.spin_us {
-            for host in [&mut bed.a, &mut bed.b] {
-                host.configure(&format!("[data_plane]\nspin_us = {spin_us}\n"))?;
-                host.terminate_agent()?;
-                host.start_agent()?;
-            }
+            data_plane += &format!("spin_us = {spin_us}\n");
+        }
+        for host in [&mut bed.a, &mut bed.b] {
+            host.configure(&data_plane)?;
+            host.terminate_agent()?;
+            host.start_agent()?;
         }
         let mut bench = Self { options, bed, programs, lines: Vec::new() };
         println!("{}", report::head());

@@ -38,6 +38,8 @@ pub struct Offer {
     pub queue_entries: u16,
     /// The device configuration space, at most 256 bytes. Reads beyond its end give zeroes.
     pub config: Vec<u8>,
+    /// Whether CONFIGURE_MEM_SLOTS is offered, see `docs/decisions/0012-memory-comes-with-every-start.md`.
+    pub memory_slots: bool,
 }
 
 /// A request that the in-flight region calls in flight.

@@ -65,11 +65,11 @@ bitflags::bitflags! {
 }
 
 impl ProtocolFeatures {
-    /// What is offered. CONFIGURE_MEM_SLOTS is understood, but not offered: with it QEMU sends guest memory once per
-    /// device, without it at every start of the rings, also on a connection that it has not noticed to be a new one
+    /// What is offered. CONFIGURE_MEM_SLOTS is always understood: with it QEMU sends guest memory once per device,
+    /// without it at every start of the rings, also on a connection that it has not noticed to be a new one
     /// (`docs/decisions/0012-memory-comes-with-every-start.md`).
-    pub(crate) fn offered() -> Self {
-        Self::all().difference(Self::CONFIGURE_MEM_SLOTS)
+    pub(crate) fn offered(memory_slots: bool) -> Self {
+        if memory_slots { Self::all() } else { Self::all().difference(Self::CONFIGURE_MEM_SLOTS) }
     }
 }
 

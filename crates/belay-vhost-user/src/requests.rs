@@ -42,7 +42,7 @@ impl Connection {
                 Ok(Answer::Ack)
             }
             r::RESET_OWNER => Ok(Answer::Ack),
-            r::GET_PROTOCOL_FEATURES => reply_u64(ProtocolFeatures::offered().bits()),
+            r::GET_PROTOCOL_FEATURES => reply_u64(ProtocolFeatures::offered(self.offer.memory_slots).bits()),
             r::SET_PROTOCOL_FEATURES => self.set_protocol_features(message),
             r::GET_QUEUE_NUM => reply_u64(self.offer.queues.into()),
             r::GET_MAX_MEM_SLOTS => reply_u64(GuestMemory::MAX_REGIONS as u64),
@@ -82,7 +82,7 @@ impl Connection {
         if !self.greeted {
             // The rings of an earlier connection are started on this one, with what was negotiated there.
             tracing::info!("the VMM has not noticed that its connection is a new one");
-            self.protocol = ProtocolFeatures::offered();
+            self.protocol = ProtocolFeatures::offered(self.offer.memory_slots);
         }
         let logged = self.features & feature::LOG_ALL != 0;
         self.features = features;

@@ -30,6 +30,18 @@ fn impossible_offers_refused() {
 }
 
 #[test]
+fn memory_slots_are_offered_where_they_are_wanted() {
+    for (memory_slots, expected) in [(false, OFFERED_PROTOCOL), (true, ALL_PROTOCOL)] {
+        let mut vmm = Vmm::new();
+        let (socket, other) = std::os::unix::net::UnixStream::pair().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        vmm.connection = Connection::new(other, Offer { memory_slots, ..offer() }).unwrap();
+        vmm.socket = socket;
+        assert_eq!(long(&vmm.ask(15, 0, &[], &[]).0), expected);
+    }
+}
+
+#[test]
 fn reply_is_sent_only_if_asked_and_negotiated() {
     let mut vmm = Vmm::new();
     vmm.send(3, NEED_REPLY, &[], &[]);

@@ -90,6 +90,7 @@ impl Host {
             role,
             link: LinkTimes::default(),
             spin: Duration::from_micros(20),
+            memory_slots: false,
         };
         let (handle, notices) = DeviceHandle::spawn(config).unwrap();
         let listener = net.runtime.block_on(Listener::bind(

@@ -20,7 +20,7 @@ pub const INDIRECT: u64 = 1 << 28;
 pub const EVENT_IDX: u64 = 1 << 29;
 pub const PROTOCOL: u64 = 1 << 30;
 pub const VERSION_1: u64 = 1 << 32;
-/// What is offered.
+/// What is offered without memory slots.
 pub const OFFERED_PROTOCOL: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 10 | 1 << 12 | 1 << 13;
 /// What is understood: also memory slots.
 pub const ALL_PROTOCOL: u64 = OFFERED_PROTOCOL | 1 << 15;
@@ -31,7 +31,13 @@ pub const USER: u64 = 0x7f00_0000_0000;
 pub const MEMORY: u64 = 0x10_0000;
 
 pub fn offer() -> Offer {
-    Offer { device_features: 1 << 9, queues: 4, queue_entries: 256, config: (0..60).collect() }
+    Offer {
+        device_features: 1 << 9,
+        queues: 4,
+        queue_entries: 256,
+        config: (0..60).collect(),
+        memory_slots: false,
+    }
 }
 
 pub fn memfd(len: u64) -> OwnedFd {

@@ -46,6 +46,9 @@ pub(crate) struct Queue {
     broken: bool,
     /// It has run since its in-flight region was given to the VMM: what is marked there is this process's own.
     ran: bool,
+    /// It was stopped before it ran, and an earlier process had requests of it in flight: no request here stands for
+    /// them.
+    unknown: bool,
     /// Heads that the guest waits for in vain: what it put there cannot be answered, or is not what it asked for.
     lost: Vec<(u16, TxId)>,
 }
@@ -95,6 +98,11 @@ pub(crate) struct Port {
 impl Port {
     pub(crate) fn ring(&mut self, queue: u16) -> Option<&mut Ring> {
         self.connection.as_mut()?.ring(queue)
+    }
+
+    /// Whether requests are in flight that this process does not know.
+    pub(crate) fn has_unknown(&self) -> bool {
+        self.queues.iter().any(|queue| queue.unknown)
     }
 
     pub(crate) fn running(&self) -> u32 {
@@ -274,6 +282,7 @@ impl Device {
                 for queue in &mut self.port.queues {
                     queue.stopped_at = None;
                     queue.ran = false;
+                    queue.unknown = false;
                     queue.lost.clear();
                 }
                 if self.owns_guest() {
@@ -317,7 +326,9 @@ impl Device {
     fn on_ring_stopped(&mut self, index: u16, base: u16) {
         let Some(queue) = self.port.queue(index) else { return };
         queue.running = false;
-        queue.waiting = None;
+        if let Some(waiting) = queue.waiting.take() {
+            queue.unknown = !queue.ran && !waiting.marked.is_empty();
+        }
         queue.dirty = false;
         queue.stopped_at = Some(base);
         self.forget_kick(index);
@@ -392,8 +403,8 @@ impl Device {
 
     /// Starts a ring of a guest that is here.
     ///
-    /// - It goes on if the VMM stopped it on this connection, asked for no reset and no new in-flight region since, and
-    ///   starts it where it was stopped, with as many requests outstanding as are parked.
+    /// - It goes on if it ran, and the VMM stopped it on this connection, asked for no reset and no new in-flight region
+    ///   since, and starts it where it was stopped, with as many requests outstanding as are parked.
     /// - Else what is parked belongs to an earlier life of the ring, and is dropped. So are marks of this process's own
     ///   in the in-flight region.
     /// - Marks in a region that this process has not used yet are requests of an earlier process, and go on.
@@ -402,7 +413,7 @@ impl Device {
         let outstanding = usize::from(start.base.wrapping_sub(start.used));
         let heads = self.requests.heads(index);
         let Some(queue) = self.port.queue(index) else { return };
-        if resumed == Some(start.base) && outstanding == heads + queue.lost.len() {
+        if queue.ran && resumed == Some(start.base) && outstanding == heads + queue.lost.len() {
             self.run_ring(index, start.base);
             for key in parked {
                 self.finish_parked(key);
@@ -508,6 +519,7 @@ impl Device {
             queue.waiting = None;
             queue.running = true;
             queue.ran = true;
+            queue.unknown = false;
             queue.kicked = true;
         }
         self.counters.first_completion_ns = 0;

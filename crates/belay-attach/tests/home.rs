@@ -394,3 +394,71 @@ fn crash_of_the_borrower_before_the_return_leaves_the_guest_there() {
     come_home(&net, &mut a, &mut b, &mut guest);
     guest.verify();
 }
+
+/// Asks the disk for its name, which is answered before what is in flight.
+fn ask_for_the_id(guest: &mut Guest) {
+    let at = guest.scratch() as u64;
+    guest.poke(at as usize, &[8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    guest.offer_raw(0, &[(at, 16, 1), (at + 0x100, 20, 3), (at + 0x200, 1, 2)]);
+    guest.wait_raw(1);
+}
+
+/// A guest away from its disk, with requests in flight, one of which was answered out of order; its agent was killed,
+/// and the new one has no way to the disk's host yet: rings that its VMM starts wait for word from there.
+fn restarted_without_a_link(net: &Net, seed: u64) -> (Host, Host, Guest) {
+    let (id, mut a, mut guest) = start(net, 200_000, seed);
+    let mut b = leave(net, &id, 1, &mut a, &mut guest);
+    guest.run(50, 16);
+    guest.fill(16);
+    support::until(|| b.snapshot().in_flight > 16);
+    ask_for_the_id(&mut guest);
+    b.kill();
+    guest.lose_connection();
+    let b = Host::new(net, &id, 2, Role::Remote { backing: "peer".into() });
+    b.listen(&net.path("b.sock"));
+    guest.connect(&net.path("b.sock"));
+    guest.start();
+    (a, b, guest)
+}
+
+/// Found with random schedules of the machines: such rings, stopped meanwhile, seemed to have nothing in flight, and the
+/// guest went home without its requests.
+#[test]
+fn guest_whose_rings_have_not_run_since_a_restart_is_not_taken_home_without_its_requests() {
+    let net = Net::new();
+    let (mut a, mut b, mut guest) = restarted_without_a_link(&net, 41);
+    guest.stop();
+    b.peer(&a);
+    offer_home(&mut a, &mut b);
+    let left = guest.leave();
+    guest.plug_in(&net.path("a.sock"));
+    wait_for(&mut a, &mut b, "HandoverFailed");
+    assert!(!a.has_seen("Returning"));
+    drop(guest.leave());
+    assert!(guest.go_back(left));
+    let target = guest.completed + 200;
+    guest.run_until(16, |guest| {
+        a.pump();
+        b.pump();
+        guest.completed > target
+    });
+    guest.verify();
+}
+
+/// Nor did they when it was merely paused and resumed: what the in-flight region said was passed over.
+#[test]
+fn guest_whose_rings_have_not_run_since_a_restart_is_paused_and_goes_on_with_its_requests() {
+    let net = Net::new();
+    let (mut a, mut b, mut guest) = restarted_without_a_link(&net, 42);
+    guest.stop();
+    guest.start();
+    b.peer(&a);
+    let target = guest.completed + 200;
+    guest.run_until(16, |guest| {
+        a.pump();
+        b.pump();
+        guest.completed > target
+    });
+    guest.verify();
+    assert_eq!(guest.raw.len(), 1, "answered twice");
+}

@@ -83,9 +83,10 @@ impl Agent {
             .hint("name another file with `belay exchange --path`"));
         }
         make_room(&name, &path, info.allocated_bytes)?;
+        // What it says of an earlier copy would be believed.
+        forget_map(&name, &map_path(&self.config, &name))?;
         create_image(&name, &path, info.size_bytes, replaces.as_deref())?;
         let backend = BackendSpec { delay_us, direct, ..BackendSpec::file(path.clone()) };
-        let _ = std::fs::remove_file(map_path(&self.config, &name));
         let role = RoleRecord::Exchanging { backing: backing.clone(), backend: backend.clone() };
         if let Err(error) = self.record_with(device, device.epoch(), role, bandwidth).await {
             // It was made just now, and holds nothing.
@@ -299,6 +300,24 @@ async fn attached(device: &Managed) {
     }
 }
 
+/// Removes the map of an earlier exchange.
+fn forget_map(name: &str, path: &Path) -> Result<(), AgentError> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(image_error(name, path, &error)),
+        _ => Ok(()),
+    }
+}
+
+fn sync_folder(folder: &Path) -> std::io::Result<()> {
+    std::fs::File::open(folder)?.sync_all()
+}
+
+/// Makes a new file outlive a power loss, with its name: without its folder, a synced file may lack one.
+pub(crate) fn sync_new(file: &std::fs::File, path: &Path) -> std::io::Result<()> {
+    file.sync_all()?;
+    sync_folder(path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new(".")))
+}
+
 fn image_error(name: &str, path: &Path, error: &std::io::Error) -> AgentError {
     AgentError::failed(format!("device {name}: {}: {error}", path.display()))
 }
@@ -307,6 +326,9 @@ fn image_error(name: &str, path: &Path, error: &std::io::Error) -> AgentError {
 fn make_room(name: &str, path: &Path, needed_bytes: u64) -> Result<(), AgentError> {
     let Some(folder) = path.parent() else { return Ok(()) };
     std::fs::create_dir_all(folder).map_err(|error| image_error(name, folder, &error))?;
+    if let Some(above) = folder.parent().filter(|above| !above.as_os_str().is_empty()) {
+        sync_folder(above).map_err(|error| image_error(name, above, &error))?;
+    }
     let free = belay_block::free_space(folder).map_err(|error| image_error(name, folder, &error))?;
     if free < needed_bytes {
         return Err(AgentError::precheck(format!(
@@ -337,7 +359,7 @@ fn create_image(name: &str, path: &Path, size_bytes: u64, replaces: Option<&Path
         }
         opened => opened.map_err(failed)?,
     };
-    let made = file.set_len(size_bytes).and_then(|()| file.sync_all());
+    let made = file.set_len(size_bytes).and_then(|()| sync_new(&file, path));
     made.map_err(|error| {
         let _ = std::fs::remove_file(path);
         failed(error)
@@ -366,6 +388,18 @@ mod tests {
         std::fs::write(&path, b"old").unwrap();
         create_image("disk0", &path, 4096, Some(&path)).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), [0; 4096]);
+    }
+
+    #[test]
+    fn map_of_an_earlier_copy_that_cannot_be_removed_ends_the_attempt() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk0.map");
+        forget_map("disk0", &path).unwrap();
+        std::fs::write(&path, b"old").unwrap();
+        forget_map("disk0", &path).unwrap();
+        assert!(!path.exists());
+        std::fs::create_dir(&path).unwrap();
+        forget_map("disk0", &path).unwrap_err();
     }
 
     #[test]

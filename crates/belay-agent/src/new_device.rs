@@ -169,7 +169,10 @@ impl NewDevice {
                     );
                     return Err(AgentError::usage(what));
                 }
-                let made = std::fs::File::create_new(path).and_then(|file| file.set_len(size));
+                let made = std::fs::File::create_new(path).and_then(|file| {
+                    file.set_len(size)?;
+                    crate::exchange::sync_new(&file, path)
+                });
                 made.map_err(|error| {
                     AgentError::failed(format!(
                         "device {}: cannot create {}: {error}",

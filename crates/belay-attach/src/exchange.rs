@@ -6,7 +6,9 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use belay_block::{Backend, Buf, Op, OpId as BlockOpId, OpKind, Status};
-use belay_handover::exchange::{Action, BlockMap, GuestKind, OpId, Outcome, Pull, PullConfig, StepId};
+use belay_handover::exchange::{
+    Action, BlockMap, BootId, GuestKind, OpId, Outcome, Pull, PullConfig, StepId,
+};
 use belay_handover::handover::Source;
 use belay_wire::DeviceId;
 
@@ -25,6 +27,8 @@ pub(crate) struct Exchange {
     local: Box<dyn Backend>,
     map_path: PathBuf,
     device: DeviceId,
+    /// Of this host; without it no map is saved.
+    boot: Option<BootId>,
     started: Instant,
     last_tick: Instant,
     /// Buffers of fetches, by job.
@@ -70,10 +74,21 @@ impl Exchange {
     }
 }
 
-/// Reads the map of an exchange that was under way; a damaged or foreign one counts as none.
-fn restore(path: &Path, device: DeviceId, size_bytes: u64) -> BlockMap {
+/// This boot of the host.
+fn this_boot() -> Option<BootId> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok();
+    let boot = text.as_deref().and_then(BootId::parse);
+    if boot.is_none() {
+        tracing::warn!("the kernel does not say its boot id: exchanges begin from nothing after a restart");
+    }
+    boot
+}
+
+/// Reads the map of an exchange that was under way; one that is damaged, foreign or of an earlier boot counts as none.
+fn restore(path: &Path, device: DeviceId, size_bytes: u64, boot: Option<BootId>) -> BlockMap {
+    let Some(boot) = boot else { return BlockMap::empty(size_bytes) };
     match std::fs::read(path) {
-        Ok(bytes) => match BlockMap::decode(&bytes, device, size_bytes) {
+        Ok(bytes) => match BlockMap::decode(&bytes, device, size_bytes, boot) {
             Ok(map) => return map,
             Err(error) => {
                 tracing::warn!(%device, path = %path.display(), %error, "the exchange begins from nothing");
@@ -97,6 +112,21 @@ fn write_durably(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     std::fs::rename(&temporary, path)?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::File::open(folder)?.sync_all()
+}
+
+/// Removes a map that is worth nothing any more. One that is still being written would come back after that.
+fn forget_map(path: PathBuf, saving: Option<Receiver<std::io::Result<()>>>) {
+    let Some(saving) = saving else {
+        let _ = std::fs::remove_file(path);
+        return;
+    };
+    let spawned = std::thread::Builder::new().name("belay-map".to_owned()).spawn(move || {
+        let _ = saving.recv();
+        let _ = std::fs::remove_file(path);
+    });
+    if let Err(error) = spawned {
+        tracing::warn!(%error, "an exchange map could not be removed");
+    }
 }
 
 fn outcome_of(status: Status) -> Outcome {
@@ -145,7 +175,8 @@ impl Device {
         let mut config = PullConfig::new(size_bytes);
         config.bandwidth = options.bandwidth;
         config.window_bytes = options.in_flight_bytes.max(config.chunk_bytes);
-        let map = restore(&options.map_path, self.identity.id, size_bytes);
+        let boot = this_boot();
+        let map = restore(&options.map_path, self.identity.id, size_bytes, boot);
         let mut pull = Pull::new(config, map);
         // Orphans too: the guest has forgotten them, but they change the old backing all the same.
         for (key, request) in self.requests.everything().filter(|(_, request)| request.done.is_none()) {
@@ -157,6 +188,7 @@ impl Device {
             local,
             map_path: options.map_path,
             device: self.identity.id,
+            boot,
             started: self.now,
             last_tick: self.now,
             fetched: HashMap::new(),
@@ -384,10 +416,11 @@ impl Device {
     fn save_map(&mut self) {
         let Some(exchange) = &mut self.exchange else { return };
         let Some(snapshot) = exchange.pull.take_snapshot() else { return };
+        let Some(boot) = exchange.boot else { return };
         if exchange.saving.is_some() {
             return;
         }
-        let bytes = snapshot.encode(exchange.device);
+        let bytes = snapshot.encode(exchange.device, boot);
         let path = exchange.map_path.clone();
         let (done, receiver) = channel();
         exchange.saving = Some(receiver);
@@ -447,12 +480,12 @@ impl Device {
         exchange.pull.cut_committed();
         let waiting = exchange.pull.take_waiting();
         self.late_reads = exchange.pull.local_reads().map(|(step, op)| (step.0, op.0 as usize)).collect();
-        let Exchange { local, map_path, .. } = *exchange;
+        let Exchange { local, map_path, saving, .. } = *exchange;
         self.local = Some(local);
         self.client = None;
         self.handover = Handover::Source(Source::serving(self.epoch));
         self.rings_running_again();
-        let _ = std::fs::remove_file(map_path);
+        forget_map(map_path, saving);
         for op in waiting {
             self.submit_guest(op.0 as usize);
         }
@@ -470,5 +503,38 @@ impl Device {
 
     pub(crate) fn cut_aborted(&mut self) {
         self.pull(|pull, now, out| pull.cut_aborted(now, out));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BOOT: BootId = BootId([1; 16]);
+
+    #[test]
+    fn map_is_believed_in_the_boot_that_it_was_written_in() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, device, size) = (folder.path().join("disk0.map"), DeviceId::random(), 64 << 12);
+        let mut map = BlockMap::empty(size);
+        map.set(3, 60);
+        write_durably(&path, &map.encode(device, BOOT)).unwrap();
+        assert_eq!(restore(&path, device, size, Some(BOOT)), map);
+        for other in [Some(BootId([2; 16])), None] {
+            assert_eq!(restore(&path, device, size, other).count(), 0, "{other:?}");
+        }
+    }
+
+    #[test]
+    fn map_that_is_still_being_written_does_not_come_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk0.map");
+        let (done, saving) = channel();
+        forget_map(path.clone(), Some(saving));
+        std::fs::write(&path, b"late").unwrap();
+        done.send(Ok(())).unwrap();
+        while path.exists() {
+            std::thread::yield_now();
+        }
     }
 }

@@ -3,6 +3,7 @@
 mod support;
 
 use belay_attach::{Command, ExchangeOptions};
+use belay_handover::exchange::{BlockMap, BootId};
 use support::guest::Guest;
 use support::{Host, Net, SIZE, offer, start, wait_for};
 
@@ -160,6 +161,19 @@ fn exchange_under_load_then_back_again() {
         guest.verify();
         a = b;
     }
+}
+
+/// A power loss takes writes that were not flushed, also to blocks that had been flushed and marked before.
+#[test]
+fn nothing_is_believed_of_a_copy_from_before_the_host_was_started_anew() {
+    let net = Net::new();
+    let (id, mut a, mut guest) = start(&net, 2, 0, 13);
+    let mut b = migrate(&net, &mut guest, &mut a, &id, 1, 1);
+    let mut map = BlockMap::empty(SIZE);
+    map.set(0, map.blocks());
+    std::fs::write(net.path("leg-1.map"), map.encode(id.id, BootId([1; 16]))).unwrap();
+    exchange(&net, &mut guest, &mut a, &mut b, 1);
+    guest.verify();
 }
 
 #[test]

@@ -9,5 +9,5 @@ mod pull;
 #[cfg(test)]
 mod pull_tests;
 
-pub use map::{BLOCK_BYTES, BlockMap, MapError};
+pub use map::{BLOCK_BYTES, BlockMap, BootId, MapError};
 pub use pull::{Action, GuestKind, OpId, Outcome, Progress, Pull, PullConfig, StepId};

@@ -1,18 +1,37 @@
 //! Which blocks of a device are here, and the file that remembers it.
 //!
 //! ```text
-//!   file:  "BELAYMAP" │ u32 version │ u32 block_bytes │ 16 bytes device id │ u64 blocks │ u64 checksum │ words …
+//!   file:  "BELAYMAP" │ u32 version │ u32 block_bytes │ 16 bytes device id │ u64 blocks │ u64 checksum
+//!          │ 16 bytes boot id │ words …
 //! ```
 //! Little-endian; a bit is set if the block's content is here; bit 0 of word 0 is block 0. The checksum is FNV-1a (64
 //! bit) over everything else.
+//!
+//! A map holds for the boot of the host that it was written in. The guest writes again to blocks that are marked already,
+//! and no flush follows; after a power loss such a write may be lost or torn here, while the old backing has it. A
+//! process that dies loses nothing that it wrote to a file.
 
 use belay_wire::DeviceId;
 
 /// Bytes of a block.
 pub const BLOCK_BYTES: u64 = 4096;
 const MAGIC: &[u8; 8] = b"BELAYMAP";
-const VERSION: u32 = 1;
-const HEADER_BYTES: usize = 48;
+const VERSION: u32 = 2;
+const HEADER_BYTES: usize = 64;
+
+/// The boot of a host: a random number that its kernel draws when it starts (`/proc/sys/kernel/random/boot_id`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BootId(pub [u8; 16]);
+
+impl BootId {
+    /// Reads the kernel's text: 32 hexadecimal digits, with dashes between some.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let digits: String = text.trim().chars().filter(|char| *char != '-').collect();
+        let value = u128::from_str_radix(&digits, 16).ok()?;
+        (digits.len() == 32).then_some(Self(value.to_be_bytes()))
+    }
+}
 
 /// One bit per block: its content is here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +50,9 @@ pub enum MapError {
     /// It belongs to another device, or to another size of this one.
     #[error("the exchange map is of another device or size")]
     Foreign,
+    /// The host was started anew since: writes that were not flushed may be lost.
+    #[error("the host was started anew since the exchange map was written")]
+    OtherBoot,
     /// A version that this build does not read.
     #[error("the exchange map has version {0}, this build reads {VERSION}")]
     Version(u32),
@@ -124,9 +146,9 @@ impl BlockMap {
         runs
     }
 
-    /// The file's bytes.
+    /// The file's bytes, as of this boot of the host.
     #[must_use]
-    pub fn encode(&self, device: DeviceId) -> Vec<u8> {
+    pub fn encode(&self, device: DeviceId, boot: BootId) -> Vec<u8> {
         let mut out = Vec::with_capacity(HEADER_BYTES + self.words.len() * 8);
         out.extend(MAGIC);
         out.extend(VERSION.to_le_bytes());
@@ -134,6 +156,7 @@ impl BlockMap {
         out.extend(device.0.as_bytes());
         out.extend(self.blocks.to_le_bytes());
         out.extend([0; 8]);
+        out.extend(boot.0);
         for word in &self.words {
             out.extend(word.to_le_bytes());
         }
@@ -145,8 +168,8 @@ impl BlockMap {
     /// Reads a file's bytes.
     ///
     /// # Errors
-    /// Damaged, of another version, device or size.
-    pub fn decode(bytes: &[u8], device: DeviceId, size_bytes: u64) -> Result<Self, MapError> {
+    /// Damaged, of another version, device or size, or written before the host was started anew.
+    pub fn decode(bytes: &[u8], device: DeviceId, size_bytes: u64, boot: BootId) -> Result<Self, MapError> {
         if bytes.len() < HEADER_BYTES || &bytes[..8] != MAGIC {
             return Err(MapError::Damaged("it is not a map"));
         }
@@ -165,6 +188,9 @@ impl BlockMap {
         cleared[40..48].fill(0);
         if word_at(bytes, 40) != checksum(&cleared) {
             return Err(MapError::Damaged("its checksum is wrong"));
+        }
+        if bytes[48..HEADER_BYTES] != boot.0 {
+            return Err(MapError::OtherBoot);
         }
         for (index, word) in map.words.iter_mut().enumerate() {
             *word = word_at(bytes, HEADER_BYTES + index * 8);
@@ -195,34 +221,57 @@ mod tests {
         DeviceId("00112233-4455-6677-8899-aabbccddeeff".parse().unwrap())
     }
 
+    const BOOT: BootId = BootId([7; 16]);
+
     #[test]
-    fn map_file_of_version_1_keeps_its_bytes() {
+    fn map_of_an_earlier_boot_counts_as_empty() {
+        let mut map = BlockMap::empty(70 * BLOCK_BYTES);
+        map.set(0, 70);
+        let bytes = map.encode(device(), BOOT);
+        let other = BootId([8; 16]);
+        assert_eq!(BlockMap::decode(&bytes, device(), 70 * BLOCK_BYTES, other), Err(MapError::OtherBoot));
+    }
+
+    #[test]
+    fn boot_id_is_read_as_the_kernel_writes_it() {
+        let text = "00010203-0405-0607-0809-0a0b0c0d0e0f\n";
+        assert_eq!(BootId::parse(text), Some(BootId([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15])));
+        assert_eq!(BootId::parse("0001"), None);
+        assert_eq!(BootId::parse(""), None);
+        assert!(
+            BootId::parse(&std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap()).is_some()
+        );
+    }
+
+    #[test]
+    fn map_file_of_version_2_keeps_its_bytes() {
         let mut map = BlockMap::empty(70 * BLOCK_BYTES);
         map.set(0, 2);
         map.set(69, 70);
-        let bytes = map.encode(device());
-        assert_eq!(bytes.len(), 64);
-        assert_eq!(bytes[..16], *b"BELAYMAP\x01\0\0\0\0\x10\0\0");
+        let bytes = map.encode(device(), BOOT);
+        assert_eq!(bytes.len(), 80);
+        assert_eq!(bytes[..16], *b"BELAYMAP\x02\0\0\0\0\x10\0\0");
         assert_eq!(bytes[32], 70);
-        assert_eq!(bytes[48..], [3, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(BlockMap::decode(&bytes, device(), 70 * BLOCK_BYTES), Ok(map));
+        assert_eq!(bytes[48..64], BOOT.0);
+        assert_eq!(bytes[64..], [3, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(BlockMap::decode(&bytes, device(), 70 * BLOCK_BYTES, BOOT), Ok(map));
     }
 
     #[test]
     fn every_flipped_bit_and_every_truncation_is_noticed() {
         let mut map = BlockMap::empty(70 * BLOCK_BYTES);
         map.set(3, 5);
-        let good = map.encode(device());
+        let good = map.encode(device(), BOOT);
         for bit in 0..good.len() * 8 {
             let mut bad = good.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
             // The block size field is informative; everything else decides.
-            assert!(BlockMap::decode(&bad, device(), 70 * BLOCK_BYTES).is_err(), "bit {bit}");
+            assert!(BlockMap::decode(&bad, device(), 70 * BLOCK_BYTES, BOOT).is_err(), "bit {bit}");
         }
         for len in 0..good.len() {
-            assert!(BlockMap::decode(&good[..len], device(), 70 * BLOCK_BYTES).is_err());
+            assert!(BlockMap::decode(&good[..len], device(), 70 * BLOCK_BYTES, BOOT).is_err());
         }
-        assert_eq!(BlockMap::decode(&good, device(), 71 * BLOCK_BYTES), Err(MapError::Foreign));
+        assert_eq!(BlockMap::decode(&good, device(), 71 * BLOCK_BYTES, BOOT), Err(MapError::Foreign));
     }
 
     #[test]

@@ -8,7 +8,8 @@
 //! ```
 //!
 //! The old backing stays complete until the commit: the loss of the new host loses nothing. A block is marked here
-//! only after its local write has ended, and is saved as such only after a flush of the local side.
+//! only after its local write has ended, and is saved as such only after a flush of the local side. What is saved holds
+//! for this boot of the host only: later writes to a marked block are echoed, not flushed.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -247,7 +248,10 @@ enum Step {
     ReadLocal(OpId),
     ChangeRemote(OpId),
     ChangeLocal(OpId),
-    FlushOp(OpId),
+    FlushOp {
+        op: OpId,
+        local: bool,
+    },
     Fetch(u64),
     /// A local write of these blocks.
     Store {
@@ -439,9 +443,9 @@ impl Pull {
             GuestKind::Flush if self.phase != Phase::Copying => false,
             GuestKind::Flush => {
                 self.ops.entry(op).and_modify(|entry| entry.pending = 2);
-                let step = self.step(Step::FlushOp(op));
+                let step = self.step(Step::FlushOp { op, local: false });
                 out.push(Action::FlushRemote(step));
-                let step = self.step(Step::FlushOp(op));
+                let step = self.step(Step::FlushOp { op, local: true });
                 out.push(Action::FlushLocal(step));
                 true
             }
@@ -564,7 +568,15 @@ impl Pull {
                     self.waiting.push_back(op);
                 }
             },
-            Step::FlushOp(op) => self.op_part_done(op, outcome, out),
+            Step::FlushOp { op, local } => {
+                if let (true, Outcome::Errno(errno)) = (local, outcome) {
+                    // What was written here may be gone, and no later flush would say so. The old backing has it all.
+                    self.abandon(errno, out);
+                    self.op_part_done(op, Outcome::Ok, out);
+                } else {
+                    self.op_part_done(op, outcome, out);
+                }
+            }
             Step::ChangeRemote(op) => self.part_of_change(op, Some(outcome), None, out),
             Step::ChangeLocal(op) => {
                 let failed = match outcome {

@@ -442,3 +442,18 @@ fn copy_that_is_held_is_not_cut_over_until_it_is_let() {
     }
     assert!(!cutting.pull.hold(true), "too late");
 }
+
+#[test]
+fn local_flush_that_fails_ends_the_copy_and_not_the_guests_flush() {
+    let mut pull = Pull::new(PullConfig::new(1 << 20), BlockMap::empty(1 << 20));
+    let mut out = Vec::new();
+    pull.guest(OpId(1), GuestKind::Flush, 0, 0, &mut out);
+    let [Action::FlushRemote(remote), Action::FlushLocal(local)] = out[..] else { panic!("{out:?}") };
+    out.clear();
+    pull.step_done(local, Outcome::Errno(5), false, Duration::ZERO, &mut out);
+    // What was written here may be gone, though the next flush says that all is well.
+    assert_eq!(out, [Action::Abandon { errno: 5 }]);
+    out.clear();
+    pull.step_done(remote, Outcome::Ok, false, Duration::ZERO, &mut out);
+    assert_eq!(out, [Action::Complete { op: OpId(1), outcome: Outcome::Ok }]);
+}

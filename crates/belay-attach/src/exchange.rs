@@ -15,7 +15,7 @@ use belay_wire::DeviceId;
 use crate::client::{RemoteDone, RemoteKind, RemoteOwner, RemoteRequest};
 use crate::device::{Device, STEP_OP};
 use crate::handle::{ExchangeOptions, Notice};
-use crate::handover::Handover;
+use crate::handover::{Handover, numbered_source};
 use crate::stats::{ExchangeProgress, since};
 
 /// How often the machine is told the time while it copies.
@@ -483,7 +483,7 @@ impl Device {
         let Exchange { local, map_path, saving, .. } = *exchange;
         self.local = Some(local);
         self.client = None;
-        self.handover = Handover::Source(Source::serving(self.epoch));
+        self.handover = Handover::Source(numbered_source(Source::serving(self.epoch)));
         self.rings_running_again();
         forget_map(map_path, saving);
         for op in waiting {

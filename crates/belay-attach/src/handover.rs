@@ -30,8 +30,10 @@ impl Handover {
     /// The machine, the client and the borrower of a device that starts in this role.
     pub(crate) fn of_role(role: Role, epoch: Epoch) -> (Self, Option<Client>, Option<String>) {
         match role {
-            Role::Local => (Self::Source(Source::serving(epoch)), None, None),
-            Role::Lent { to } => (Self::Source(Source::granted(to.clone(), epoch)), None, Some(to)),
+            Role::Local => (Self::Source(numbered_source(Source::serving(epoch))), None, None),
+            Role::Lent { to } => {
+                (Self::Source(numbered_source(Source::granted(to.clone(), epoch))), None, Some(to))
+            }
             Role::Successor { from } => {
                 (Self::Destination(Destination::prepared(epoch)), Some(Client::new(from)), None)
             }
@@ -40,6 +42,11 @@ impl Handover {
             }
         }
     }
+}
+
+/// Numbers its lists as no other process of this host does: from a random number on, far from the end.
+pub(crate) fn numbered_source(source: Source) -> Source {
+    source.numbering_from(rand::random::<u64>() >> 1)
 }
 
 /// A message about the list of this number.

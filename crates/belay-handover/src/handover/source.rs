@@ -203,6 +203,13 @@ impl Source {
         }
     }
 
+    /// Lists are numbered from here on. Two processes of a host may not give the same number to different lists: a claim
+    /// outlives the process that sent its list.
+    #[must_use]
+    pub fn numbering_from(self, generation: u64) -> Self {
+        Self { generation, ..self }
+    }
+
     /// A device whose guest has moved to `to`: the grant of `epoch` is in the ledger.
     #[must_use]
     pub fn granted(to: String, epoch: Epoch) -> Self {
@@ -290,7 +297,7 @@ impl Source {
             SourceEvent::GrantDurable(durable) => match self.state {
                 State::Granting { to, epoch } if epoch == durable => {
                     let actions = vec![A::Lend { to: to.clone(), epoch }, A::SendGrant(epoch)];
-                    (Self::granted(to, epoch), actions)
+                    (Self::granted(to, epoch).numbering_from(self.generation), actions)
                 }
                 _ => (self, Vec::new()),
             },
@@ -476,7 +483,7 @@ impl Source {
         if epoch != durable {
             return (Self { state: State::Returning { to, list, epoch }, ..self }, Vec::new());
         }
-        let mut next = Self { returned: list, ..Self::serving(epoch) };
+        let mut next = Self { returned: list, generation: self.generation, ..Self::serving(epoch) };
         let mut actions = vec![A::TakeBack { from: to, epoch }];
         for ring in self.waiting {
             actions.push(next.start_returned(ring));

@@ -33,6 +33,28 @@ fn claim(epoch: u64) -> SourceEvent {
     SourceEvent::Claim { by: "b".into(), epoch: Epoch(epoch), generation: 2 }
 }
 
+/// A claim that was on its way when the source's agent died comes to the next process, which has parked another list.
+#[test]
+fn claim_of_another_process_list_is_refused() {
+    let old = Source::serving(Epoch(1)).numbering_from(70);
+    let (old, _) = run(old, vec![offer(), stopped()]);
+    let claimed = SourceEvent::Claim { by: "b".into(), epoch: Epoch(2), generation: 71 };
+    assert_eq!(old.handle(claimed.clone()).0.name(), "granting");
+    let (new, actions) =
+        run(Source::serving(Epoch(1)).numbering_from(500), vec![offer(), stopped(), claimed]);
+    assert_eq!((new.name(), actions.last()), ("parked", Some(&SourceAction::Refuse(Refusal::WrongState))));
+}
+
+#[test]
+fn numbers_of_lists_go_on_through_a_grant_and_a_return() {
+    let mut source = Source::serving(Epoch(1)).numbering_from(70);
+    let claim = |generation| SourceEvent::Claim { by: "b".into(), epoch: Epoch(2), generation };
+    for event in [offer(), stopped(), claim(71), SourceEvent::GrantDurable(Epoch(2))] {
+        source = source.handle(event).0;
+    }
+    assert_eq!(source, Source::granted("b".into(), Epoch(2)).numbering_from(71));
+}
+
 #[test]
 fn claim_after_the_stop_is_fenced_persisted_then_granted() {
     let (source, actions) = run(Source::serving(Epoch(4)), vec![offer(), stopped(), claim(5)]);

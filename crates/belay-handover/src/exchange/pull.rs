@@ -296,7 +296,10 @@ pub struct Pull {
     allowance: f64,
     refilled: Duration,
     saving: bool,
+    /// The map as it was when the flush under way began.
     snapshot: Option<BlockMap>,
+    /// A map whose blocks have been flushed.
+    flushed: Option<BlockMap>,
     saved_count: u64,
     saved_at: Duration,
     progress: Progress,
@@ -332,6 +335,7 @@ impl Pull {
             refilled: Duration::ZERO,
             saving: false,
             snapshot: None,
+            flushed: None,
             saved_count,
             saved_at: Duration::ZERO,
             progress: Progress::default(),
@@ -838,7 +842,10 @@ impl Pull {
     fn save_flushed(&mut self, outcome: Outcome, out: &mut Vec<Action>) {
         self.saving = false;
         match outcome {
-            Outcome::Ok => out.push(Action::SaveMap),
+            Outcome::Ok => {
+                self.flushed = self.snapshot.take();
+                out.push(Action::SaveMap);
+            }
             // A flush that failed is never tried again: what it should have made durable may be gone.
             Outcome::Errno(errno) => self.abandon(errno, out),
         }
@@ -846,7 +853,7 @@ impl Pull {
 
     /// The map as it was before the flush that [`Action::SaveMap`] follows.
     pub fn take_snapshot(&mut self) -> Option<BlockMap> {
-        let snapshot = self.snapshot.take()?;
+        let snapshot = self.flushed.take()?;
         self.saved_count = snapshot.count();
         Some(snapshot)
     }

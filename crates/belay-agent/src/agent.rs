@@ -380,6 +380,7 @@ impl Agent {
             }
             Notice::ExchangePaused { reason } => {
                 note("exchange", format!("stopped, the device stays remote: {reason}"));
+                device.set_copy_stopped(Some(reason.clone()));
                 self.back_to_remote(device).await;
             }
             Notice::ExchangeCancelled => {

@@ -45,6 +45,8 @@ pub struct Managed {
     came_from: Mutex<Option<String>>,
     /// Why it cannot be served.
     trouble: Mutex<Option<String>>,
+    /// Why its last copy ended before its time.
+    copy_stopped: Mutex<Option<String>>,
     /// Held while an exchange is committed: a call that is repeated waits for the first one's outcome.
     pub(crate) committing: tokio::sync::Mutex<()>,
 }
@@ -65,6 +67,7 @@ impl Managed {
             vmm: AtomicBool::new(false),
             came_from: Mutex::default(),
             trouble: Mutex::default(),
+            copy_stopped: Mutex::default(),
             committing: tokio::sync::Mutex::default(),
         }
     }
@@ -111,6 +114,16 @@ impl Managed {
 
     pub(crate) fn set_trouble(&self, trouble: Option<String>) {
         *self.trouble.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = trouble;
+    }
+
+    /// Why its last copy here ended before its time, since the agent started. None once another one begins.
+    #[must_use]
+    pub fn copy_stopped(&self) -> Option<String> {
+        self.copy_stopped.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set_copy_stopped(&self, reason: Option<String>) {
+        *self.copy_stopped.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = reason;
     }
 
     /// Whether a VM can be given it.

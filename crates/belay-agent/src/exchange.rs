@@ -142,6 +142,7 @@ impl Agent {
             echo: true,
         };
         let local = open_when_free(device, backend).await?;
+        device.set_copy_stopped(None);
         device.send(Command::StartExchange { local, options });
         Ok(())
     }

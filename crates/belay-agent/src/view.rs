@@ -87,6 +87,9 @@ pub struct DeviceView {
     pub rings_stopped_ns: u64,
     /// Its exchange, while it runs.
     pub exchange: Option<ExchangeView>,
+    /// Why the last one here stopped before its end; none once another one begins.
+    #[serde(default)]
+    pub exchange_stopped: Option<String>,
     /// The last exchange that ended here.
     pub last_exchange: Option<ExchangeView>,
 }
@@ -165,6 +168,7 @@ pub fn device_view(agent: &Agent, device: &Managed) -> DeviceView {
         first_completion_ns: snapshot.first_completion_ns,
         rings_stopped_ns: snapshot.rings_stopped_ns,
         exchange: snapshot.exchange.map(exchange_view),
+        exchange_stopped: device.copy_stopped(),
         last_exchange: snapshot.last_exchange.map(exchange_view),
         name: record.identity.name,
     }

@@ -64,6 +64,9 @@ pub(crate) struct Device {
     pub(crate) link_up: Option<bool>,
     #[serde(default)]
     pub(crate) exchange: Option<Exchange>,
+    /// Why the last one stopped.
+    #[serde(default)]
+    pub(crate) exchange_stopped: Option<String>,
 }
 
 /// How long requests took.

@@ -115,6 +115,9 @@ pub(super) fn state_text(device: &Device) -> String {
     if let Some(exchange) = &device.exchange {
         text += &format!(", {} % copied", percent(exchange.local_bytes, exchange.total_bytes));
     }
+    if let Some(reason) = &device.exchange_stopped {
+        text += &format!(", copy stopped: {reason}");
+    }
     if device.link_up == Some(false) {
         text += ", link down";
     }

@@ -98,6 +98,8 @@ mod tests {
                 "attached_to": "host-b", "backed_by": "host-a", "state": "remote", "latency": null,
                 "exchange": {"total_bytes": 1000, "local_bytes": 419, "copied_bytes": 400,
                     "echoed_bytes": 19, "skipped_bytes": 0}},
+                {"name": "logs", "class": "block", "vm": "web", "attached_to": "host-b", "backed_by": "host-a",
+                 "state": "remote", "exchange": null, "exchange_stopped": "No space left on device"},
                 {"name": "spare", "class": "block", "vm": null, "attached_to": "host-b", "backed_by": "host-b",
                  "state": "local", "exchange": null}],
             "vms": [{"name": "web", "state": "running", "pid": 7, "qmp": "/run/q"}],
@@ -111,6 +113,7 @@ host host-b, belay 0.1.0
 
 DEVICE  KIND   VM   ATTACHED-TO  BACKED-BY  STATE
 data    block  web  host-b       host-a     remote, 41 % copied
+logs    block  web  host-b       host-a     remote, copy stopped: No space left on device
 spare   block  -    host-b       host-b     local
 
 VM   STATE    PID

@@ -39,23 +39,37 @@ impl Host {
         Ok(host)
     }
 
-    /// Writes the agent's configuration, with `more` at its end, in or behind `[vmm]`; the next agent obeys it.
+    /// Writes the agent's configuration: what a test host needs, and in its tables what `more` says. The next agent
+    /// obeys it.
     ///
     /// # Errors
-    /// The file cannot be written.
+    /// `more` is no TOML, or the file cannot be written.
     pub fn configure(&self, more: &str) -> Result<()> {
-        // The kernel of Linux guests, at the same place on every host.
-        let guest = crate::linux_guest().map(|guest| format!("allow_paths = [{guest:?}]\n"));
-        let guest = guest.unwrap_or_default();
-        let text = format!(
-            "state_dir = {:?}\nruntime_dir = {:?}\npki_dir = {:?}\nimages_dir = {:?}\n\n[link]\nlisten = {:?}\n\n[vmm]\n{guest}{more}",
-            self.folder.join("state"),
-            self.folder,
-            self.folder.join("pki"),
-            self.images,
-            self.address,
-        );
-        Ok(std::fs::write(self.folder.join("agent.toml"), text)?)
+        let mut config = toml::toml! {
+            [link]
+            [vmm]
+        };
+        let mut set = |key: &str, value: &Path| config.insert(key.into(), value.display().to_string().into());
+        set("state_dir", &self.folder.join("state"));
+        set("runtime_dir", &self.folder);
+        set("pki_dir", &self.folder.join("pki"));
+        set("images_dir", &self.images);
+        config["link"]
+            .as_table_mut()
+            .context("a table")?
+            .insert("listen".into(), self.address.clone().into());
+        if let Ok(guest) = crate::linux_guest() {
+            // The kernel of Linux guests, at the same place on every host.
+            let paths = vec![toml::Value::from(guest.display().to_string())];
+            config["vmm"].as_table_mut().context("a table")?.insert("allow_paths".into(), paths.into());
+        }
+        for (name, table) in more.parse::<toml::Table>()? {
+            match (config.get_mut(&name).and_then(toml::Value::as_table_mut), table) {
+                (Some(present), toml::Value::Table(table)) => present.extend(table),
+                (_, value) => drop(config.insert(name, value)),
+            }
+        }
+        Ok(std::fs::write(self.folder.join("agent.toml"), config.to_string())?)
     }
 
     /// Where its keys are.
@@ -153,6 +167,27 @@ impl Host {
         let status = self.end_agent(Signal::TERM)?;
         ensure!(status.success(), "the agent of {} ended with {status}:\n{}", self.name, self.log());
         Ok(())
+    }
+
+    /// Stops the agent's process where it is (SIGSTOP), until [`Host::thaw_agent`].
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn freeze_agent(&self) -> Result<()> {
+        self.signal_agent(Signal::STOP)
+    }
+
+    /// Lets a frozen agent go on (SIGCONT).
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn thaw_agent(&self) -> Result<()> {
+        self.signal_agent(Signal::CONT)
+    }
+
+    fn signal_agent(&self, signal: Signal) -> Result<()> {
+        let agent = self.agent.as_ref().context("there is no agent")?;
+        Ok(rustix::process::kill_process(Pid::from_child(agent), signal)?)
     }
 
     fn end_agent(&mut self, signal: Signal) -> Result<std::process::ExitStatus> {

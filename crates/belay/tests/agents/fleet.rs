@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use belay_e2e::{Bed, Host};
 use belay_synthetic::{Guest, Left};
 use serde_json::Value;
 
-use crate::{boot_named, show_named, socket_named};
+use crate::{boot_named, offer_named, show_named, socket_named};
 
 /// Requests in flight in each queue.
 pub(crate) const DEPTH: usize = 8;
@@ -264,6 +264,48 @@ impl<'a> Fleet<'a> {
         drop(vm.guest.leave());
         vm.at = vm.at.other();
         vm.reconnect = !vm.guest.go_back(left);
+    }
+
+    /// Offers a VM's disk to the other host.
+    pub(crate) fn offer(&mut self, vm: usize, mode: &'static str) -> Result<()> {
+        let from = self.vms[vm].at;
+        let (folder, name) = (self.host(from).folder.clone(), self.vms[vm].name.clone());
+        let to = self.host(from.other()).name;
+        self.meanwhile(move || {
+            belay_e2e::until("an offer", || match offer_named(&folder, &name, to, mode) {
+                // The ledger is a moment behind the handover or the exchange before.
+                Err(error) if error.to_string().contains("is still at") => Ok(None),
+                // It is being cut over.
+                Err(error) if error.to_string().contains("is being copied") => Ok(None),
+                Err(error) if error.to_string().contains("cannot move now") => Ok(None),
+                outcome => outcome.map(Some),
+            })
+            .map(drop)
+        })
+    }
+
+    /// Waits until the device of a VM is at a host, in the epoch after this one.
+    pub(crate) fn moved(&mut self, vm: usize, to: Side, epoch: u64) -> Result<()> {
+        self.wait("the handover", |fleet| {
+            let there = fleet.show(to, vm).ok();
+            Ok(there.filter(|device| device["epoch"] == epoch + 1).map(drop))
+        })
+    }
+
+    pub(crate) fn epoch(&self, vm: usize) -> Result<u64> {
+        self.show(self.vms[vm].at, vm)?["epoch"].as_u64().context("no epoch")
+    }
+
+    /// Moves a VM, as simply as can be.
+    pub(crate) fn hand_over(&mut self, vm: usize, mode: &'static str) -> Result<()> {
+        let epoch = self.epoch(vm)?;
+        self.offer(vm, mode)?;
+        self.stop(vm)?;
+        self.leave(vm);
+        self.arrive(vm)?;
+        self.moved(vm, self.vms[vm].at, epoch)?;
+        self.forget_left(vm);
+        Ok(())
     }
 
     /// What the VM has left is gone.

@@ -1,8 +1,12 @@
 //! Two real agents and a VM in miniature that moves between them without QEMU: every request is checked.
 
 mod fleet;
+mod full;
+mod links;
 mod moves;
+mod proxy;
 mod random;
+mod zombies;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

@@ -8,7 +8,7 @@ use belay_synthetic::Random;
 use serde_json::Value;
 
 use crate::fleet::{Fleet, Side};
-use crate::{bring_named, call, offer_named, with_bed};
+use crate::{bring_named, call, with_bed};
 
 /// `BELAY_SEED` draws other schedules, `BELAY_SECONDS` goes on for longer.
 const SEED: u64 = 1;
@@ -78,23 +78,6 @@ impl Run<'_> {
         Ok(side == from)
     }
 
-    fn offer(&mut self, vm: usize, to: Side, mode: &'static str) -> Result<()> {
-        let from = self.fleet.vms[vm].at;
-        let (folder, name) = (self.fleet.host(from).folder.clone(), self.fleet.vms[vm].name.clone());
-        let host = self.fleet.host(to).name;
-        self.fleet.meanwhile(move || {
-            belay_e2e::until("an offer", || match offer_named(&folder, &name, host, mode) {
-                // The ledger is a moment behind the handover or the exchange before.
-                Err(error) if error.to_string().contains("is still at") => Ok(None),
-                // It is being cut over.
-                Err(error) if error.to_string().contains("is being copied") => Ok(None),
-                Err(error) if error.to_string().contains("cannot move now") => Ok(None),
-                outcome => outcome.map(Some),
-            })
-            .map(drop)
-        })
-    }
-
     /// Takes an offer back. `false`: too late.
     fn withdraw(&mut self, vm: usize, from: Side) -> Result<bool> {
         let (folder, name) = (self.fleet.host(from).folder.clone(), self.fleet.vms[vm].name.clone());
@@ -112,9 +95,9 @@ impl Run<'_> {
         let to = from.other();
         let follow = self.is_local(vm)? && self.chance(2);
         let mode = if follow { "follow" } else { "stay" };
-        let epoch = self.show(from, vm)?["epoch"].as_u64().context("no epoch")?;
+        let epoch = self.fleet.epoch(vm)?;
         self.note(format!("move {vm} from {from:?}, {mode}, epoch {epoch}"));
-        self.offer(vm, to, mode)?;
+        self.fleet.offer(vm, mode)?;
         // Its disk may have arrived just before.
         self.is_local(vm)?;
         self.perhaps_kill("offered", from)?;
@@ -263,8 +246,14 @@ impl Run<'_> {
                 Ok(())
             }
             10 => {
-                self.note("between".into());
                 let from = self.fleet.vms[vm].at;
+                if self.restarts && self.chance(3) {
+                    self.note(format!("freeze {from:?}"));
+                    let rounds = self.below(100);
+                    self.fleet.host(from).freeze_agent()?;
+                    self.fleet.linger(rounds);
+                    return self.fleet.host(from).thaw_agent();
+                }
                 self.perhaps_kill("between", from).map(drop)
             }
             _ => {

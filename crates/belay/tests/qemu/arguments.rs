@@ -38,7 +38,7 @@ fn argument_that_reaches_the_destinations_files_is_refused_until_its_operator_al
         }
         ensure!(bed.b.json(&["device", "list"])?.as_array().is_some_and(Vec::is_empty));
         guest.goes_on(&bed.a, 4)?;
-        bed.b.configure("allow_args = [\"-fw_cfg\"]\n")?;
+        bed.b.configure("[vmm]\nallow_args = [\"-fw_cfg\"]\n")?;
         bed.b.terminate_agent()?;
         bed.b.start_agent()?;
         migrate(&bed.a, &bed.b, "vm", &[])?;

@@ -190,7 +190,7 @@ fn vm_of_an_unprivileged_user_has_its_disk_again_after_a_restart_of_the_agent_an
     }
     with_bed(|bed| {
         for host in [&mut bed.a, &mut bed.b] {
-            host.configure("user = \"nobody\"\n")?;
+            host.configure("[vmm]\nuser = \"nobody\"\n")?;
             host.terminate_agent()?;
             host.start_agent()?;
         }

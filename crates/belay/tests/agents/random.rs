@@ -265,7 +265,8 @@ impl Run<'_> {
 
     fn all(&mut self, seconds: u64) -> Result<()> {
         let end = Instant::now() + Duration::from_secs(seconds);
-        while Instant::now() < end {
+        // On a busy machine it takes longer until there was something of each.
+        while Instant::now() < end || self.moves == 0 || self.exchanges == 0 {
             self.act()?;
             self.fleet.run(10)?;
         }
@@ -298,7 +299,6 @@ fn schedule(restarts: bool, seconds: u64) {
             Ok(Err(error)) => bail!("seed {seed}: {error:#}\n{}", run.log.join("\n")),
             Err(_) => bail!("seed {seed}: the VM is not content\n{}", run.log.join("\n")),
         }
-        ensure!(run.moves > 0 && run.exchanges > 0, "something was done");
         Ok(())
     });
 }

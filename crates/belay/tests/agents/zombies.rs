@@ -55,6 +55,34 @@ fn agent_that_was_frozen_while_its_guest_went_home_writes_nothing() {
 }
 
 #[test]
+fn agents_that_are_frozen_around_the_switchover_go_on_with_it() {
+    with_vm(|fleet| {
+        for turn in 0..4 {
+            let (from, to) = (fleet.vms[0].at, fleet.vms[0].at.other());
+            let epoch = fleet.epoch(0)?;
+            fleet.offer(0, "stay")?;
+            fleet.stop(0)?;
+            // Its list may be on its way already, or not.
+            let frozen = if turn < 2 { from } else { to };
+            if frozen == from {
+                fleet.host(frozen).freeze_agent()?;
+            }
+            fleet.leave(0);
+            fleet.arrive(0)?;
+            if frozen == to {
+                fleet.host(frozen).freeze_agent()?;
+            }
+            fleet.linger(100);
+            fleet.host(frozen).thaw_agent()?;
+            fleet.moved(0, to, epoch)?;
+            fleet.forget_left(0);
+            fleet.run(50)?;
+        }
+        fleet.verify()
+    });
+}
+
+#[test]
 fn vm_that_is_resumed_where_it_has_left_writes_nothing() {
     with_vm(|fleet| {
         for mode in ["stay", "follow"] {

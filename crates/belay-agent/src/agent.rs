@@ -30,7 +30,7 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a backend that another process holds is tried again.
 const LOCK_RETRY: Duration = Duration::from_millis(50);
 /// How long a predecessor's last writes may hold the lock before the device is said to be in trouble.
-const LOCK_IS_USUAL: Duration = Duration::from_secs(5);
+pub(crate) const LOCK_IS_USUAL: Duration = Duration::from_secs(5);
 
 /// This host's agent.
 pub struct Agent {
@@ -267,7 +267,7 @@ impl Agent {
         match record.role {
             RoleRecord::Local { backend } | RoleRecord::Lent { backend, .. } => {
                 let path = backend.path.clone();
-                let backend = open_when_free(&device, &backend).await?;
+                let backend = open_when_free(&device, &backend, None).await?;
                 let belay_wire::device::DeviceClass::Block(geometry) = &record.identity.class;
                 let (wanted, there) = (geometry.size_bytes, backend.info().size_bytes);
                 if there < wanted {
@@ -287,7 +287,7 @@ impl Agent {
                 self.finish_interrupted_cut(&device, backing, backend);
                 return Ok(device);
             }
-            RoleRecord::Remote { follow: true, .. } => self.follow_guest(&device),
+            RoleRecord::Remote { follow: true, .. } => self.follow_guest(&device, None),
             _ => {}
         }
         self.let_vmm_connect(&device)?;
@@ -307,17 +307,6 @@ impl Agent {
         }
         device.send(Command::Listen(listener));
         Ok(())
-    }
-
-    /// Brings a device's backing here, in the background.
-    fn follow_guest(self: &Arc<Self>, device: &Arc<Managed>) {
-        let (agent, device) = (Arc::clone(self), Arc::clone(device));
-        tokio::spawn(async move {
-            if let Err(error) = agent.begin_exchange(&device, None, None).await {
-                let message = format!("did not begin: {error}");
-                agent.events.note("exchange", Some(&device.name()), None, message);
-            }
-        });
     }
 
     /// Handles a thread's notices for as long as it lives.
@@ -425,7 +414,7 @@ impl Agent {
         }
         self.brought_along(device, &from).await;
         if mode == Mode::Follow {
-            self.follow_guest(device);
+            self.follow_guest(device, None);
         }
     }
 
@@ -784,17 +773,19 @@ pub(crate) fn peer_socket(connection: DataConnection) -> PeerSocket {
     }
 }
 
-/// Opens a backend, waiting for a predecessor's lock: writes of a killed agent may still be on their way.
+/// Opens a backend, waiting for a predecessor's lock: writes of a killed agent may still be on their way. It waits so
+/// long, or for ever.
 pub(crate) async fn open_when_free(
     device: &Managed,
     spec: &BackendSpec,
+    patience: Option<Duration>,
 ) -> Result<Box<dyn belay_block::Backend>, AgentError> {
     let belay_wire::device::DeviceClass::Block(belay_wire::device::BlockGeometry { block_bytes, .. }) =
         device.identity().class;
     let began = std::time::Instant::now();
     loop {
         match spec.build(BACKEND_OWNER) {
-            Err(error @ OpenError::Locked { .. }) => {
+            Err(error @ OpenError::Locked { .. }) if patience.is_none_or(|limit| began.elapsed() < limit) => {
                 if began.elapsed() > LOCK_IS_USUAL && device.trouble().is_none() {
                     tracing::warn!(device = %device.name(), %error, "waiting for the lock");
                     device.set_trouble(Some(format!("{error}; it is served as soon as that ends")));

@@ -390,7 +390,7 @@ async fn exchange_limit(
 #[utoipa::path(delete, path = "/v1/devices/{name}/exchange", responses((status = 202)))]
 async fn exchange_cancel(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, AgentError> {
     let device = agent.device(&name)?;
-    if device.snapshot().exchange.is_none() {
+    if agent.stop_following(&device).await? || device.snapshot().exchange.is_none() {
         // It was ended before, or never began: what is asked for is so.
         return Ok(StatusCode::ACCEPTED);
     }

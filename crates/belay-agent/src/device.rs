@@ -47,6 +47,8 @@ pub struct Managed {
     trouble: Mutex<Option<String>>,
     /// Why its last copy ended before its time.
     copy_stopped: Mutex<Option<String>>,
+    /// Why its exchange cannot begin yet; it is tried again.
+    exchange_waits: Mutex<Option<String>>,
     /// Held while an exchange is committed: a call that is repeated waits for the first one's outcome.
     pub(crate) committing: tokio::sync::Mutex<()>,
 }
@@ -68,6 +70,7 @@ impl Managed {
             came_from: Mutex::default(),
             trouble: Mutex::default(),
             copy_stopped: Mutex::default(),
+            exchange_waits: Mutex::default(),
             committing: tokio::sync::Mutex::default(),
         }
     }
@@ -124,6 +127,16 @@ impl Managed {
 
     pub(crate) fn set_copy_stopped(&self, reason: Option<String>) {
         *self.copy_stopped.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = reason;
+    }
+
+    /// Why its exchange cannot begin yet; it is tried again.
+    #[must_use]
+    pub fn exchange_waits(&self) -> Option<String> {
+        self.exchange_waits.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set_exchange_waits(&self, reason: Option<String>) {
+        *self.exchange_waits.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = reason;
     }
 
     /// Whether a VM can be given it.

@@ -8,7 +8,7 @@ use belay_attach::{Command, ExchangeOptions};
 use belay_block::BackendSpec;
 use belay_link::{Backoff, CallError};
 
-use crate::agent::{Agent, map_path, open_when_free};
+use crate::agent::{Agent, LOCK_IS_USUAL, map_path, open_when_free};
 use crate::device::Managed;
 use crate::error::AgentError;
 use crate::ledger::{DeviceRecord, RoleRecord};
@@ -87,14 +87,23 @@ impl Agent {
         forget_map(&name, &map_path(&self.config, &name))?;
         create_image(&name, &path, info.size_bytes, replaces.as_deref())?;
         let backend = BackendSpec { delay_us, direct, ..BackendSpec::file(path.clone()) };
-        let role = RoleRecord::Exchanging { backing: backing.clone(), backend: backend.clone() };
-        if let Err(error) = self.record_with(device, device.epoch(), role, bandwidth).await {
+        let begins = async {
+            // Before it is said that the data is on its way here: it may be that this cannot be the device's disk.
+            let local = open_when_free(device, &backend, Some(Duration::ZERO)).await?;
+            self.make_map_folder(&name)?;
+            let role = RoleRecord::Exchanging { backing: backing.clone(), backend: backend.clone() };
+            self.record_with(device, device.epoch(), role, bandwidth).await?;
+            self.events.note("exchange", Some(&name), None, format!("begins, from {backing}"));
+            device.set_exchange_waits(None);
+            self.start_copy(device, local);
+            Ok(())
+        };
+        let begun: Result<(), AgentError> = begins.await;
+        if begun.is_err() {
             // It was made just now, and holds nothing.
             let _ = std::fs::remove_file(&path);
-            return Err(error);
         }
-        self.events.note("exchange", Some(&name), None, format!("begins, from {backing}"));
-        self.start_copy(device, &backend).await
+        begun
     }
 
     /// Changes the limit of a device's exchange, in bytes per second; `None`: no limit. It outlives this agent.
@@ -118,33 +127,51 @@ impl Agent {
         Ok(())
     }
 
-    /// After a restart: goes on with what the map says is here.
+    /// After a restart: goes on with what the map says is here, or begins anew if that cannot be. No VMM may be connected.
     pub(crate) async fn continue_exchange(
-        &self,
+        self: &Arc<Self>,
         device: &Arc<Managed>,
         backing: &str,
         backend: &BackendSpec,
     ) -> Result<(), AgentError> {
-        self.events.note("exchange", Some(&device.name()), None, format!("goes on, from {backing}"));
-        self.start_copy(device, backend).await
+        let opened = async {
+            let local = open_when_free(device, backend, Some(LOCK_IS_USUAL)).await?;
+            let belay_wire::device::DeviceClass::Block(geometry) = device.identity().class;
+            let (wanted, there) = (geometry.size_bytes, local.info().size_bytes);
+            if there != wanted {
+                let what = backend.path.as_deref().unwrap_or(Path::new("its new backend")).display();
+                return Err(AgentError::failed(format!("{what} has {there} bytes, the device {wanted}")));
+            }
+            self.make_map_folder(&device.name())?;
+            Ok(local)
+        };
+        match opened.await {
+            Ok(local) => {
+                let message = format!("goes on, from {backing}");
+                self.events.note("exchange", Some(&device.name()), None, message);
+                self.start_copy(device, local);
+                Ok(())
+            }
+            Err(error) => self.copy_anew(device, backing, backend, error).await,
+        }
     }
 
-    async fn start_copy(&self, device: &Arc<Managed>, backend: &BackendSpec) -> Result<(), AgentError> {
-        let map = map_path(&self.config, &device.name());
-        if let Some(folder) = map.parent() {
-            std::fs::create_dir_all(folder).map_err(|error| AgentError::failed(error.to_string()))?;
-        }
+    fn make_map_folder(&self, name: &str) -> Result<(), AgentError> {
+        let map = map_path(&self.config, name);
+        let Some(folder) = map.parent() else { return Ok(()) };
+        std::fs::create_dir_all(folder).map_err(|error| image_error(name, folder, &error))
+    }
+
+    fn start_copy(&self, device: &Managed, local: Box<dyn belay_block::Backend>) {
         let limit = device.record().bandwidth.unwrap_or(self.config.exchange.bandwidth_bytes_per_s);
         let options = ExchangeOptions {
-            map_path: map,
+            map_path: map_path(&self.config, &device.name()),
             bandwidth: (limit > 0).then_some(limit),
             in_flight_bytes: self.config.exchange.in_flight_bytes,
             echo: true,
         };
-        let local = open_when_free(device, backend).await?;
         device.set_copy_stopped(None);
         device.send(Command::StartExchange { local, options });
-        Ok(())
     }
 
     /// The commit on both sides: this host prepares, the old one commits, this one confirms.
@@ -302,7 +329,7 @@ async fn attached(device: &Managed) {
 }
 
 /// Removes the map of an earlier exchange.
-fn forget_map(name: &str, path: &Path) -> Result<(), AgentError> {
+pub(crate) fn forget_map(name: &str, path: &Path) -> Result<(), AgentError> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(image_error(name, path, &error)),
         _ => Ok(()),

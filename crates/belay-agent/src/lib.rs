@@ -9,6 +9,7 @@ pub mod device;
 pub mod error;
 pub mod events;
 mod exchange;
+mod follow;
 mod hand_over;
 mod home;
 mod leaving;

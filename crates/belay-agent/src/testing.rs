@@ -14,7 +14,11 @@ use crate::ledger::{DeviceRecord, Ledger, RoleRecord, SCHEMA};
 pub(crate) fn agent() -> (tempfile::TempDir, Arc<Agent>) {
     let folder = tempfile::tempdir().unwrap();
     let ledger = Ledger::open(&folder.path().join("ledger.redb")).unwrap();
-    let config = Config { runtime_dir: folder.path().to_owned(), ..Config::default() };
+    let config = Config {
+        runtime_dir: folder.path().to_owned(),
+        state_dir: folder.path().join("state"),
+        ..Config::default()
+    };
     let agent = Agent::new(config, None, ledger);
     (folder, agent)
 }

@@ -90,6 +90,9 @@ pub struct DeviceView {
     /// Why the last one here stopped before its end; none once another one begins.
     #[serde(default)]
     pub exchange_stopped: Option<String>,
+    /// Why its exchange cannot begin yet; it is tried again.
+    #[serde(default)]
+    pub exchange_waits: Option<String>,
     /// The last exchange that ended here.
     pub last_exchange: Option<ExchangeView>,
 }
@@ -169,6 +172,7 @@ pub fn device_view(agent: &Agent, device: &Managed) -> DeviceView {
         rings_stopped_ns: snapshot.rings_stopped_ns,
         exchange: snapshot.exchange.map(exchange_view),
         exchange_stopped: device.copy_stopped(),
+        exchange_waits: device.exchange_waits(),
         last_exchange: snapshot.last_exchange.map(exchange_view),
         name: record.identity.name,
     }

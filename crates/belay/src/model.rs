@@ -67,6 +67,9 @@ pub(crate) struct Device {
     /// Why the last one stopped.
     #[serde(default)]
     pub(crate) exchange_stopped: Option<String>,
+    /// Why its exchange cannot begin yet.
+    #[serde(default)]
+    pub(crate) exchange_waits: Option<String>,
 }
 
 /// How long requests took.

@@ -118,6 +118,9 @@ pub(super) fn state_text(device: &Device) -> String {
     if let Some(reason) = &device.exchange_stopped {
         text += &format!(", copy stopped: {reason}");
     }
+    if let Some(reason) = &device.exchange_waits {
+        text += &format!(", its copy waits: {reason}");
+    }
     if device.link_up == Some(false) {
         text += ", link down";
     }
@@ -204,6 +207,8 @@ mod tests {
             let device = json!({"name": "data", "state": state, "offered_to": "host-b"});
             state_text(&serde_json::from_value(device).unwrap())
         };
+        let waits = json!({"name": "d", "state": "remote", "exchange_waits": "no room"});
+        assert_eq!(state_text(&serde_json::from_value(waits).unwrap()), "remote, its copy waits: no room");
         assert_eq!(state("offered"), "offered to host-b");
         assert_eq!(state("parked"), "parked, offered to host-b");
     }

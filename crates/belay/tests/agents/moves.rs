@@ -34,6 +34,29 @@ fn handovers_between_two_agents_lose_and_double_nothing() {
     });
 }
 
+#[test]
+fn disk_that_cannot_follow_yet_does_as_soon_as_it_can() {
+    with_bed(|bed| {
+        let mut guest = boot(&bed.a, 2, 300, 17)?;
+        let in_the_way = bed.b.images.join("disk0.img");
+        std::fs::write(&in_the_way, "of somebody else")?;
+        hand_over(&mut guest, &bed.a, &bed.b, "follow")?;
+        run_until(&mut guest, &bed.b, "the reason being told", |device| {
+            device["exchange_waits"].as_str().is_some_and(|reason| reason.contains("something already"))
+        })?;
+        let said = bed.b.belay(&["status"])?;
+        ensure!(said.contains("its copy waits: ") && said.contains("disk0.img"), "{said}");
+        ensure!(std::fs::read_to_string(&in_the_way)? == "of somebody else");
+        std::fs::remove_file(&in_the_way)?;
+        run_until(&mut guest, &bed.b, "the disk at its new host", is_local)?;
+        guest.verify();
+        ensure!(bed.b.device("disk0")?["exchange_waits"].is_null());
+        let events = bed.b.belay(&["events"])?;
+        ensure!(events.matches("cannot begin").count() == 1, "{events}");
+        Ok(())
+    });
+}
+
 fn refused(host: &Host, arguments: &[&str]) -> Result<String> {
     match host.belay(arguments) {
         Ok(said) => anyhow::bail!("belay {} was not refused: {said}", arguments.join(" ")),

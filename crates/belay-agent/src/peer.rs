@@ -307,6 +307,7 @@ impl Agent {
                     self.host()
                 )));
             }
+            self.fits_blocks(&request, &folder)?;
         }
         if request.dry_run {
             return Ok(answer(false));
@@ -350,6 +351,31 @@ impl Agent {
                 Err(error)
             }
         }
+    }
+
+    /// A disk that comes here must take the blocks that its guest was told.
+    fn fits_blocks(&self, request: &Prepare, folder: &std::path::Path) -> Result<(), AgentError> {
+        let belay_wire::device::DeviceClass::Block(geometry) = &request.identity.class;
+        if !request.direct {
+            return Ok(());
+        }
+        let needs = belay_block::direct_block_bytes(folder).map_err(|error| {
+            let (name, folder) = (&request.identity.name, folder.display());
+            let host = self.host();
+            AgentError::precheck(format!("device {name} cannot come to {folder} of host {host}: {error}"))
+        })?;
+        if geometry.block_bytes >= needs {
+            return Ok(());
+        }
+        // The words go to the other host without a hint.
+        Err(AgentError::precheck(format!(
+            "device {} has blocks of {} bytes, and files in {} of host {} take blocks of {needs} past the page cache: name \
+             another `images_dir` there, or leave the data where it is with `--mode stay`",
+            request.identity.name,
+            geometry.block_bytes,
+            folder.display(),
+            self.host()
+        )))
     }
 
     /// One peer may not fill this host with threads and records.
@@ -405,6 +431,86 @@ impl Agent {
 mod tests {
     use super::*;
     use crate::testing::{agent, identity};
+
+    /// A file system on a disk of 4096-byte sectors, while it lives.
+    struct LargeSectors {
+        folder: tempfile::TempDir,
+        device: String,
+    }
+
+    impl LargeSectors {
+        /// `None`: this needs root, loop devices and ext4.
+        fn mount() -> Option<Self> {
+            let run = |program: &str, arguments: &[&str]| {
+                let output = std::process::Command::new(program).args(arguments).output().ok()?;
+                output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+            };
+            let folder = tempfile::tempdir().unwrap();
+            let (image, mount) = (folder.path().join("image"), folder.path().join("mount"));
+            std::fs::create_dir(&mount).unwrap();
+            std::fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+            let device = run("losetup", &["-f", "--show", "-b", "4096", image.to_str()?])?;
+            let made = Self { folder, device };
+            run("mkfs.ext4", &["-q", "-b", "4096", &made.device])?;
+            run("mount", &[&made.device, mount.to_str()?])?;
+            Some(made)
+        }
+
+        fn path(&self) -> std::path::PathBuf {
+            self.folder.path().join("mount")
+        }
+    }
+
+    impl Drop for LargeSectors {
+        fn drop(&mut self) {
+            let _ = std::process::Command::new("umount").arg("-q").arg(self.path()).status();
+            let _ = std::process::Command::new("losetup").arg("-d").arg(&self.device).status();
+        }
+    }
+
+    #[tokio::test]
+    async fn disk_that_could_not_come_for_its_small_blocks_is_refused_before() {
+        let Some(disk) = LargeSectors::mount() else {
+            println!("skipped: no disk of large sectors can be made here");
+            return;
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let config = crate::config::Config {
+            runtime_dir: folder.path().to_owned(),
+            state_dir: folder.path().join("state"),
+            images_dir: Some(disk.path().join("images")),
+            ..Default::default()
+        };
+        let ledger = crate::ledger::Ledger::open(&folder.path().join("ledger.redb")).unwrap();
+        let agent = Agent::new(config, None, ledger);
+        let mut prepare = Prepare {
+            identity: identity("disk0"),
+            epoch: Epoch(1),
+            mode: Mode::Follow,
+            needed_bytes: 0,
+            delay_us: None,
+            direct: true,
+            again: false,
+            dry_run: true,
+        };
+        let error = agent.prepare("host-x", prepare.clone()).await.unwrap_err();
+        assert_eq!(error.code, "precheck");
+        assert!(error.message.contains("512") && error.message.contains("4096"), "{error}");
+        let fits: [fn(&mut Prepare); 3] = [
+            |prepare| prepare.direct = false,
+            |prepare| prepare.mode = Mode::Stay,
+            |prepare| {
+                let belay_wire::device::DeviceClass::Block(geometry) = &mut prepare.identity.class;
+                geometry.block_bytes = 4096;
+            },
+        ];
+        for change in fits {
+            prepare.direct = true;
+            prepare.mode = Mode::Follow;
+            change(&mut prepare);
+            agent.prepare("host-x", prepare.clone()).await.unwrap();
+        }
+    }
 
     #[tokio::test]
     async fn device_that_cannot_be_served_here_leaves_no_record_of_its_preparation() {

@@ -23,7 +23,7 @@ pub use fault::{Fault, FaultKind, FaultRule};
 pub use file::FileBackend;
 pub use memory::MemoryBackend;
 pub use op::{Buf, IoVec, Op, OpId, OpKind, Status};
-pub use open::{FileOptions, OpenError, free_space};
+pub use open::{FileOptions, OpenError, direct_block_bytes, free_space};
 pub use pool::BufferPool;
 pub use spec::{BackendSpec, Driver};
 pub use throttle::{Throttle, ThrottleSpec};

@@ -203,3 +203,23 @@ pub fn free_space(path: &Path) -> io::Result<u64> {
     let stat = rustix::fs::statvfs(path)?;
     Ok(stat.f_bavail * stat.f_frsize)
 }
+
+/// The smallest block, in bytes, that a new file in this folder would take past the page cache; 512 if its file system
+/// has no O_DIRECT, since such a file goes through the page cache.
+///
+/// # Errors
+/// No file can be made there.
+pub fn direct_block_bytes(folder: &Path) -> io::Result<u32> {
+    use rustix::fs::{Mode, OFlags};
+    // Without a name: nothing is left behind.
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let file = match rustix::fs::open(folder, flags | OFlags::DIRECT, Mode::RUSR | Mode::WUSR) {
+        // Neither O_DIRECT nor, on some, files without a name. What it needs shows when the file is opened.
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => {
+            return Ok(SECTOR as u32);
+        }
+        opened => File::from(opened?),
+    };
+    file.set_len(4 * 4096)?;
+    Ok(required_alignment(&file, false).block)
+}

@@ -158,7 +158,7 @@ impl Agent {
                 present.identity.name, present.role, present.epoch
             )));
         }
-        let record = DeviceRecord { epoch, role, offered: None, bandwidth, ..present };
+        let record = DeviceRecord { epoch, role, offered: None, bandwidth, listed: None, ..present };
         self.write_record(record.clone()).await?;
         device.set_record(record);
         Ok(())
@@ -261,6 +261,13 @@ impl Agent {
             .unwrap_or_else(std::sync::PoisonError::into_inner)
             .insert(name.clone(), Arc::clone(&device));
         self.listen_to(&device, notices);
+        if let Some(list) = record.listed.as_deref() {
+            let list = belay_wire::InflightList::decode(list).map_err(|error| {
+                AgentError::failed(format!("device {name}: what was in flight cannot be read: {error}"))
+            })?;
+            device.set_listed(Some(list.clone()));
+            device.send(Command::Remember(list));
+        }
         if let Some(offer) = record.offered {
             device.send(Command::Offer { to: offer.to });
         }
@@ -354,6 +361,8 @@ impl Agent {
                     HandoverFigures { requests_in_flight: *in_flight, grant_ms: *grant_ms };
                 self.attached(device, *epoch).await;
             }
+            Notice::Listed { list } => device.set_listed(Some(list.clone())),
+            Notice::RingsStarted => self.forget_listed(device).await,
             Notice::Returning { from, epoch } => self.take_return(device, from, *epoch).await,
             Notice::Returned { epoch, in_flight, grant_ms } => {
                 note("handover", format!("came home, epoch {epoch}, {in_flight} requests in flight"));
@@ -543,6 +552,7 @@ impl Agent {
             role: RoleRecord::Local { backend },
             offered: None,
             bandwidth: None,
+            listed: None,
         };
         self.write_record(record.clone()).await?;
         let device = self.start_device(record).await?;

@@ -49,6 +49,8 @@ enum State {
 pub(crate) struct Departure {
     to: String,
     devices: Vec<DeviceId>,
+    /// Disks of the VM that go home, whose lists of requests in flight are kept with the grants.
+    home: std::sync::Mutex<Vec<Arc<Managed>>>,
     /// Held while the ledger is written: a withdrawal waits for the outcome.
     state: tokio::sync::Mutex<State>,
 }
@@ -74,7 +76,7 @@ impl Agent {
     /// not before they are released.
     pub(crate) fn open_departure(&self, to: &str, devices: Vec<DeviceId>, held: bool) -> Arc<Departure> {
         let state = tokio::sync::Mutex::new(State::Open { claims: Vec::new(), held });
-        let departure = Departure { to: to.to_owned(), devices, state };
+        let departure = Departure { to: to.to_owned(), devices, home: std::sync::Mutex::default(), state };
         let departure = Arc::new(departure);
         let mut all = self.departures.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|present| !present.devices.iter().any(|device| departure.has(*device)));
@@ -123,7 +125,7 @@ impl Agent {
         let claim = Claim { device: device.identity().id, epoch, in_flight };
         let departure = self.departure_of(claim.device).filter(|departure| departure.to == by);
         let Some(departure) = departure else {
-            if let Err(error) = self.grant_all(&[claim], by).await {
+            if let Err(error) = self.grant_all(&[claim], &[], by).await {
                 self.refuse(claim, &error.message);
             }
             return;
@@ -138,8 +140,10 @@ impl Agent {
         self.try_grant(&departure, &mut state).await;
     }
 
-    /// From now on devices of a departure that was held are granted.
-    pub(crate) async fn release(&self, departure: &Arc<Departure>) {
+    /// From now on devices of a departure that was held are granted; with the grants it is written what is in flight in
+    /// those that go `home`.
+    pub(crate) async fn release(&self, departure: &Arc<Departure>, home: Vec<Arc<Managed>>) {
+        *departure.home.lock().unwrap_or_else(PoisonError::into_inner) = home;
         let mut state = departure.state.lock().await;
         if let State::Open { held, .. } = &mut *state {
             *held = false;
@@ -154,7 +158,8 @@ impl Agent {
             return;
         }
         let claims = std::mem::take(claims);
-        match self.grant_all(&claims, &departure.to).await {
+        let home = departure.home.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match self.grant_all(&claims, &home, &departure.to).await {
             Ok(()) => {
                 *state = State::Committed;
                 self.close_departure(departure);
@@ -169,7 +174,7 @@ impl Agent {
     }
 
     /// Writes the grants of these claims with one write, then lets the devices go.
-    async fn grant_all(&self, claims: &[Claim], to: &str) -> Result<(), AgentError> {
+    async fn grant_all(&self, claims: &[Claim], home: &[Arc<Managed>], to: &str) -> Result<(), AgentError> {
         let moves: Vec<_> = claims.iter().map(|claim| (claim.device, claim.epoch)).collect();
         let lent = |role: &RoleRecord| match role {
             RoleRecord::Local { backend } => {
@@ -182,7 +187,8 @@ impl Agent {
             device.figures.lock().unwrap_or_else(PoisonError::into_inner).requests_in_flight =
                 claims[index].in_flight;
         };
-        let devices = self.hand_over(&moves, lent, count, |epoch| Command::GrantDurable { epoch }).await?;
+        let devices =
+            self.hand_over(&moves, home, lent, count, |epoch| Command::GrantDurable { epoch }).await?;
         for (device, claim) in devices.iter().zip(claims) {
             let message = format!("{to} claimed it with {} requests in flight", claim.in_flight);
             self.events.note("handover", Some(&device.name()), None, message);
@@ -239,9 +245,54 @@ mod tests {
         agent.grant(&devices[0], "host-x", Epoch(2), 0).await;
         agent.grant(&devices[1], "host-x", Epoch(2), 0).await;
         assert!(lent(&agent) == 0 && departure.is_held().await);
-        agent.release(&departure).await;
+        agent.release(&departure, Vec::new()).await;
         assert_eq!(lent(&agent), 2);
         assert!(departure.is_committed().await);
+    }
+
+    /// Both agents may die right behind the grant; then only this write knows what was in flight in the other disk.
+    #[tokio::test]
+    async fn grant_keeps_what_is_in_flight_in_the_disks_that_go_home() {
+        use belay_attach::Notice;
+        use belay_wire::{InflightList, QueueBase, QueueIndex};
+
+        let (_folder, agent, devices) = agent().await;
+        let role = RoleRecord::Remote {
+            backing: "host-x".into(),
+            delay_us: None,
+            direct: false,
+            follow: false,
+            replaces: None,
+        };
+        let mut record = testing::record("home", Epoch(2), role);
+        record.offered =
+            Some(crate::ledger::OfferRecord { to: "host-x".into(), mode: crate::ledger::Mode::Stay });
+        agent.ledger.put_device(&record).unwrap();
+        let home = agent.start_device(record).await.unwrap();
+        let list =
+            InflightList { queues: vec![QueueBase { queue: QueueIndex(0), base: 7 }], requests: Vec::new() };
+        home.set_listed(Some(list.clone()));
+        let ids = devices.iter().map(|device| device.identity().id).collect();
+        let departure = agent.open_departure("host-x", ids, true);
+        agent.grant(&devices[0], "host-x", Epoch(2), 0).await;
+        agent.release(&departure, vec![Arc::clone(&home)]).await;
+        agent.grant(&devices[1], "host-x", Epoch(2), 0).await;
+        assert!(departure.is_committed().await);
+        let kept = |agent: &Agent| {
+            let records = agent.ledger.devices().unwrap();
+            records.into_iter().find(|record| record.identity.name == "home").unwrap().listed
+        };
+        assert_eq!(kept(&agent), Some(list.encode()));
+        // The next agent's thread is told.
+        let record = home.record();
+        agent.stop_device(&home).await;
+        let home = agent.start_device(record).await.unwrap();
+        home.wait_for(0, &["Listed"], std::time::Duration::from_secs(10)).await.unwrap();
+        assert_eq!(home.listed(), Some(list));
+        // A ring that runs makes it old.
+        agent.forget_listed(&home).await;
+        assert_eq!((kept(&agent), home.listed()), (None, None));
+        home.heard(&Notice::Listed { list: InflightList::default() });
     }
 
     #[tokio::test]

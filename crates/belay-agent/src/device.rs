@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use belay_attach::{Command, DeviceHandle, Notice, Snapshot};
-use belay_wire::{DeviceIdentity, Epoch};
+use belay_wire::{DeviceIdentity, Epoch, InflightList};
 use tokio::sync::watch;
 
 use crate::error::AgentError;
@@ -49,6 +49,8 @@ pub struct Managed {
     copy_stopped: Mutex<Option<String>>,
     /// Why its exchange cannot begin yet; it is tried again.
     exchange_waits: Mutex<Option<String>>,
+    /// What is in flight, while its rings have stopped and its guest may go home.
+    listed: Mutex<Option<InflightList>>,
     /// Held while an exchange is committed: a call that is repeated waits for the first one's outcome.
     pub(crate) committing: tokio::sync::Mutex<()>,
 }
@@ -71,6 +73,7 @@ impl Managed {
             trouble: Mutex::default(),
             copy_stopped: Mutex::default(),
             exchange_waits: Mutex::default(),
+            listed: Mutex::default(),
             committing: tokio::sync::Mutex::default(),
         }
     }
@@ -139,6 +142,14 @@ impl Managed {
         *self.exchange_waits.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = reason;
     }
 
+    pub(crate) fn listed(&self) -> Option<InflightList> {
+        self.listed.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set_listed(&self, list: Option<InflightList>) {
+        *self.listed.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = list;
+    }
+
     /// Whether a VM can be given it.
     ///
     /// # Errors
@@ -175,7 +186,11 @@ impl Managed {
     }
 
     pub(crate) fn heard(&self, notice: &Notice) {
-        let text = format!("{notice:?}");
+        let text = match notice {
+            // Long, and kept already.
+            Notice::Listed { .. } => "Listed".to_owned(),
+            notice => format!("{notice:?}"),
+        };
         let mut said = self.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         said.0 += 1;
         let number = said.0;

@@ -13,13 +13,15 @@ use crate::ledger::{DeviceRecord, RoleRecord, allowed};
 impl Agent {
     /// Gives each device its new epoch, and the role that `role` makes of the present one; `None`: it cannot be. One
     /// write for all, or none. Then each, `ready` first, is seen with its new record, and its thread is told by
-    /// `command`.
+    /// `command`. The same write keeps what is in flight in those that go `home` with them: whoever has forgotten it is
+    /// told from there.
     ///
     /// # Errors
     /// A device is not here, or cannot change so, or is in that epoch already; the disk. Nothing has been changed then.
     pub(crate) async fn hand_over(
         &self,
         claims: &[(DeviceId, Epoch)],
+        home: &[Arc<Managed>],
         role: impl Fn(&RoleRecord) -> Option<RoleRecord>,
         ready: impl Fn(usize, &Managed),
         command: impl Fn(Epoch) -> Command,
@@ -35,7 +37,18 @@ impl Agent {
             locks.push(device.writing.lock().await);
             records.push(changed(device.record(), *epoch, &role)?);
         }
-        self.write_records(records.clone()).await?;
+        let mut kept = Vec::new();
+        for device in home {
+            let Some(list) = device.listed() else { continue };
+            locks.push(device.writing.lock().await);
+            let record = device.record();
+            if record.offered.is_some() {
+                kept.push((device, DeviceRecord { listed: Some(list.encode()), ..record }));
+            }
+        }
+        let all = records.iter().chain(kept.iter().map(|(_, record)| record)).cloned();
+        self.write_records(all.collect()).await?;
+        kept.into_iter().for_each(|(device, record)| device.set_record(record));
         for (index, ((device, (_, epoch)), record)) in devices.iter().zip(claims).zip(records).enumerate() {
             ready(index, device);
             device.set_record(record);
@@ -43,6 +56,23 @@ impl Agent {
         }
         drop(locks);
         Ok(devices)
+    }
+}
+
+impl Agent {
+    /// A ring runs again: what was in flight is not what will be.
+    pub(crate) async fn forget_listed(&self, device: &Managed) {
+        device.set_listed(None);
+        let _writing = device.writing.lock().await;
+        let record = device.record();
+        if record.listed.is_none() {
+            return;
+        }
+        let record = DeviceRecord { listed: None, ..record };
+        match self.write_record(record.clone()).await {
+            Ok(()) => device.set_record(record),
+            Err(error) => tracing::error!(device = %device.name(), %error, "an old list stays in the ledger"),
+        }
     }
 }
 
@@ -58,5 +88,5 @@ fn changed(
     if epoch <= record.epoch || !allowed(&record.role, &role) {
         return Err(AgentError::fenced(format!("it is in epoch {} already, not {epoch}", record.epoch)));
     }
-    Ok(DeviceRecord { epoch, role, offered: None, bandwidth: None, ..record })
+    Ok(DeviceRecord { epoch, role, offered: None, bandwidth: None, listed: None, ..record })
 }

@@ -166,8 +166,11 @@ impl Leaving {
             // An agent of before takes the disks one by one: more cannot be known.
             Err(error) => error.code == RpcError::UNKNOWN_METHOD,
         };
-        if ready {
-            self.agent.release(departure).await;
+        let home: Vec<_> = self.devices.iter().filter(|device| goes_home(device)).cloned().collect();
+        // What is in flight in them is written with the grants; their threads may not have been heard yet.
+        let listed = home.iter().all(|device| device.listed().is_some() || device.snapshot().in_flight == 0);
+        if ready && listed {
+            self.agent.release(departure, home).await;
         }
     }
 

@@ -167,6 +167,10 @@ pub struct DeviceRecord {
     /// The limit that its exchange was given, in bytes per second, in place of the configured one; 0: no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<u64>,
+    /// What was in flight when its rings stopped, as in a LIST frame: of a device whose guest goes home with a VM whose
+    /// other disks have been granted. The other host may have to be told by an agent that has forgotten it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listed: Option<Vec<u8>>,
 }
 
 /// A host may take a device.
@@ -389,6 +393,7 @@ mod tests {
             role: RoleRecord::Lent { backend: BackendSpec::file("/a".into()), to: "b".into() },
             offered: None,
             bandwidth: None,
+            listed: None,
         }
     }
 

@@ -283,7 +283,7 @@ impl Agent {
         if !here {
             return Ok(());
         }
-        let record = DeviceRecord { offered, ..record };
+        let record = DeviceRecord { offered, listed: None, ..record };
         self.write_record(record.clone()).await?;
         device.set_record(record);
         Ok(())

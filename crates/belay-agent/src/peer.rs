@@ -326,6 +326,7 @@ impl Agent {
             role,
             offered: None,
             bandwidth: None,
+            listed: None,
         };
         self.write_record(record.clone()).await?;
         let device = match self.start_device(record.clone()).await {
@@ -542,6 +543,7 @@ mod tests {
             role,
             offered: None,
             bandwidth: None,
+            listed: None,
         };
         agent.ledger.put_device(&left).unwrap();
         agent.prepare("host-x", prepare).await.unwrap_err();

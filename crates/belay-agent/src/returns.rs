@@ -159,7 +159,8 @@ impl Agent {
             _ => None,
         };
         let came = |_, device: &Managed| device.set_came_from(from);
-        let devices = self.hand_over(claims, local, came, |epoch| Command::ReturnDurable { epoch }).await?;
+        let devices =
+            self.hand_over(claims, &[], local, came, |epoch| Command::ReturnDurable { epoch }).await?;
         for device in &devices {
             let message = format!("its guest has come home from {from}");
             self.events.note("handover", Some(&device.name()), None, message);

@@ -48,5 +48,13 @@ pub(crate) fn memory() -> BackendSpec {
 
 /// Such a disk's record.
 pub(crate) fn record(name: &str, epoch: Epoch, role: RoleRecord) -> DeviceRecord {
-    DeviceRecord { schema: SCHEMA, identity: identity(name), epoch, role, offered: None, bandwidth: None }
+    DeviceRecord {
+        schema: SCHEMA,
+        identity: identity(name),
+        epoch,
+        role,
+        offered: None,
+        bandwidth: None,
+        listed: None,
+    }
 }

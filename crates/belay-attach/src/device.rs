@@ -518,6 +518,7 @@ impl Device {
             Command::SetBackend(backend) => self.set_backend(backend),
             Command::Listen(listener) => self.listen(listener),
             Command::Offer { to } => self.offer(to),
+            Command::Remember(list) => self.remember(list),
             Command::Withdraw => self.withdraw(),
             Command::GiveAway => self.give_away(),
             Command::Accept { socket, open, epoch } => self.accept_peer(socket, &open, epoch),

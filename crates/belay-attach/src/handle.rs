@@ -92,6 +92,9 @@ pub enum Command {
         /// The host.
         to: String,
     },
+    /// These requests were in flight in a device whose guest goes home when its rings stopped, before this process: an
+    /// offer that follows sends them. No ring of it runs here again.
+    Remember(belay_wire::InflightList),
     /// The offer is withdrawn. Refused by [`Notice::WithdrawTooLate`] after the claim.
     Withdraw,
     /// The guest has left, and does not use this device: its rings do not run, nothing is in flight, so nobody will
@@ -176,6 +179,11 @@ pub enum Notice {
     RingsStopped {
         /// Requests in flight.
         in_flight: u64,
+    },
+    /// The rings of a device whose guest goes home have stopped: this is the list that its backing's host is sent.
+    Listed {
+        /// What is in flight.
+        list: belay_wire::InflightList,
     },
     /// The device needs a data connection to this peer for this channel.
     NeedConnection {

@@ -368,6 +368,7 @@ impl Device {
             }
             BorrowerAction::SendList { list, generation } => {
                 self.tell_backing(numbered(FrameKind::List, generation), &list.encode());
+                self.notice(Notice::Listed { list });
             }
             BorrowerAction::SendRevoke { generation } => {
                 self.tell_backing(numbered(FrameKind::ListRevoked, generation), &[]);
@@ -397,6 +398,11 @@ impl Device {
             return;
         }
         self.borrower_event(BorrowerEvent::Offer { to });
+    }
+
+    /// What an earlier process of this host knew to be in flight.
+    pub(crate) fn remember(&mut self, list: InflightList) {
+        self.borrower_event(BorrowerEvent::Remembered(list));
     }
 
     pub(crate) fn borrower_connected(&mut self) {

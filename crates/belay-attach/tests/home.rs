@@ -350,6 +350,36 @@ fn crash_of_the_backing_before_the_return_is_durable_lets_the_return_happen_late
     guest.verify();
 }
 
+/// The host that the guest leaves has written its list to its ledger: it will not run there again, says what was written
+/// with it. Both have forgotten the rest.
+#[test]
+fn crash_of_both_before_the_return_is_durable_completes_what_was_in_flight_from_the_list() {
+    let net = Net::new();
+    let (id, mut a, mut guest) = start(&net, 20_000, 25);
+    let mut b = leave(&net, &id, 1, &mut a, &mut guest);
+    offer_home(&mut a, &mut b);
+    a.auto_grant = false;
+    guest.run(50, 16);
+    guest.fill(16);
+    guest.stop();
+    guest.migrate_to(&net.path("a.sock"));
+    wait_for(&mut a, &mut b, "Returning");
+    let list = b.listed.take().unwrap();
+    assert!(!list.requests.is_empty());
+    a.kill();
+    b.kill();
+    let mut a = backing(&net, &id, 2, lent(), 500);
+    reconnect(&net, &mut guest, "a.sock");
+    let mut b = Host::new(&net, &id, 2, Role::Remote { backing: "peer".into() });
+    b.peer(&a);
+    b.handle.send(Command::Remember(list));
+    b.handle.send(Command::Offer { to: "peer".into() });
+    wait_for(&mut a, &mut b, "Returned");
+    wait_for(&mut b, &mut a, "Taken");
+    guest.run(200, 16);
+    guest.verify();
+}
+
 #[test]
 fn crash_of_the_backing_after_the_return_is_durable_keeps_it() {
     let net = Net::new();

@@ -80,6 +80,8 @@ pub struct Host {
     identity: Arc<Identity>,
     runtime: tokio::runtime::Handle,
     pub auto_grant: bool,
+    /// The last list that was sent to the host of the backing.
+    pub listed: Option<belay_wire::InflightList>,
 }
 
 impl Host {
@@ -127,6 +129,7 @@ impl Host {
             identity: Arc::clone(&net.identity),
             runtime: net.runtime.handle().clone(),
             auto_grant: true,
+            listed: None,
         }
     }
 
@@ -201,6 +204,7 @@ impl Host {
             Notice::Claimed { epoch, .. } if self.auto_grant => {
                 self.handle.send(Command::GrantDurable { epoch })
             }
+            Notice::Listed { list } => self.listed = Some(list),
             Notice::Returning { epoch, .. } if self.auto_grant => {
                 self.handle.send(Command::ReturnDurable { epoch })
             }

@@ -27,6 +27,8 @@ pub enum BorrowerEvent {
     Connected,
     /// All rings have stopped, with these requests in flight.
     RingsStopped(InflightList),
+    /// All rings have stopped before this process began, with these requests in flight, and will not run here again.
+    Remembered(InflightList),
     /// A ring runs (again) at this host.
     RingsStarted,
     /// The VMM has started a ring that may not run yet.
@@ -169,6 +171,12 @@ impl Borrower {
                     _ => (self, Vec::new()),
                 }
             }
+            BorrowerEvent::Remembered(list) => {
+                if self.state == State::Serving && !self.running {
+                    self.parked = list;
+                }
+                (self, Vec::new())
+            }
             BorrowerEvent::RingsStarted => {
                 self.running = true;
                 (self, Vec::new())
@@ -280,6 +288,24 @@ mod tests {
 
     fn sent(generation: u64) -> BorrowerAction {
         BorrowerAction::SendList { list: InflightList::default(), generation }
+    }
+
+    #[test]
+    fn list_that_an_earlier_process_sent_is_sent_again_unless_a_ring_runs() {
+        let known = InflightList {
+            queues: vec![belay_wire::QueueBase { queue: belay_wire::QueueIndex(0), base: 7 }],
+            requests: Vec::new(),
+        };
+        let remembered = || BorrowerEvent::Remembered(known.clone());
+        let (_, actions) = run(Borrower::serving(Epoch(2), false), vec![remembered(), offer()]);
+        let sent = BorrowerAction::SendList { list: known.clone(), generation: 1 };
+        assert_eq!(actions, [BorrowerAction::Ready, sent]);
+        let events = vec![BorrowerEvent::RingsStarted, remembered(), stopped(), offer()];
+        let (_, actions) = run(Borrower::serving(Epoch(2), false), events);
+        assert!(actions.iter().all(|action| match action {
+            BorrowerAction::SendList { list, .. } => *list != known,
+            _ => true,
+        }));
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! VMs with two disks: both move, or none.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Result, ensure};
 use belay_e2e::{Bed, BootGuest, Host, until};
 use rustix::process::Signal;
@@ -93,6 +95,8 @@ enum Fault {
     SourceAgent,
     DestinationAgent,
     BothAgents,
+    /// As soon as the source has granted a disk: the other one, if it goes home, may not be home yet.
+    BothAgentsBehindTheGrant,
     Cancel,
 }
 
@@ -121,6 +125,8 @@ fn fault_behind_the_switchover(bed: &mut Bed, disks: Disks, fault: Fault) -> Res
     }
     let mut qmp = bed.a.qmp(&guest.vm)?;
     qmp.pause_before_switchover(true)?;
+    let grants = |host: &Host| host.log().matches("claimed it with").count();
+    let granted_before = grants(&bed.a);
     let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name, "--no-wait"])?;
     qmp.wait_pre_switchover()?;
     qmp.continue_migration()?;
@@ -131,13 +137,25 @@ fn fault_behind_the_switchover(bed: &mut Bed, disks: Disks, fault: Fault) -> Res
             bed.a.kill_agent()?;
             bed.b.kill_agent()?;
         }
+        Fault::BothAgentsBehindTheGrant => {
+            // What comes next takes the destination a few milliseconds.
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while grants(&bed.a) == granted_before {
+                ensure!(Instant::now() < deadline, "nothing is granted");
+                std::thread::yield_now();
+            }
+            bed.b.kill_agent()?;
+            bed.a.kill_agent()?;
+            let home = bed.b.log().contains("its guest has come home");
+            println!("the other disk was {}home already", if home { "" } else { "not " });
+        }
         Fault::Cancel => drop(qmp.cancel_migration()),
     }
     drop(qmp);
     match fault {
         Fault::SourceAgent => bed.a.start_agent()?,
         Fault::DestinationAgent => bed.b.start_agent()?,
-        Fault::BothAgents => {
+        Fault::BothAgents | Fault::BothAgentsBehindTheGrant => {
             bed.a.start_agent()?;
             bed.b.start_agent()?;
         }
@@ -185,6 +203,8 @@ faults! {
     migration_cancelled_behind_the_switchover_home_leaves_both_disks_at_one_host: There, Cancel;
     source_agent_killed_behind_the_switchover_with_disks_at_both_hosts: Both, SourceAgent;
     destination_agent_killed_behind_the_switchover_with_disks_at_both_hosts: Both, DestinationAgent;
+    both_agents_killed_behind_the_switchover_with_disks_at_both_hosts: Both, BothAgents;
+    both_agents_killed_behind_the_grant_with_disks_at_both_hosts: Both, BothAgentsBehindTheGrant;
     migration_cancelled_behind_the_switchover_with_disks_at_both_hosts: Both, Cancel;
 }
 

@@ -1,6 +1,7 @@
 //! What every backend must keep: one suite, run for each.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use belay_block::testing::Harness;
@@ -23,8 +24,10 @@ impl Random {
     }
 }
 
+/// A new file each time: the ring of a backend that was dropped may hold the lock on its own for a moment.
 fn image(folder: &tempfile::TempDir) -> PathBuf {
-    let path = folder.path().join("disk.img");
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let path = folder.path().join(format!("disk-{}.img", COUNT.fetch_add(1, Ordering::Relaxed)));
     std::fs::File::create(&path).unwrap().set_len(SIZE).unwrap();
     path
 }
@@ -272,7 +275,8 @@ fn more_pieces_than_the_kernel_takes_at_once_are_all_transferred() {
 #[test]
 fn queued_writes_of_a_dropped_backend_do_not_reach_the_next_file() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let spec = BackendSpec { direct: false, ..BackendSpec::file(image(&folder)) };
+    let path = image(&folder);
+    let spec = BackendSpec { direct: false, ..BackendSpec::file(path.clone()) };
     let mut harness = Harness::new(spec.build(OWNER).unwrap()).unwrap();
     harness.submit(OpKind::Write, 0, 4096, buffer(&[9; 4096], 0));
     harness.backend = Box::new(MemoryBackend::new(SIZE));
@@ -280,7 +284,7 @@ fn queued_writes_of_a_dropped_backend_do_not_reach_the_next_file() {
     let file = std::fs::File::options().create_new(true).read(true).write(true).open(&next).unwrap();
     harness.ring.wait(Some(Duration::from_secs(10))).unwrap();
     assert_eq!(file.metadata().unwrap().len(), 0);
-    assert_eq!(std::fs::read(folder.path().join("disk.img")).unwrap()[..4096], [9; 4096]);
+    assert_eq!(std::fs::read(path).unwrap()[..4096], [9; 4096]);
 }
 
 #[test]

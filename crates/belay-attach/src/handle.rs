@@ -93,7 +93,7 @@ pub enum Command {
         to: String,
     },
     /// These requests were in flight in a device whose guest goes home when its rings stopped, before this process: an
-    /// offer that follows sends them. No ring of it runs here again.
+    /// offer that follows sends them. Unless that is withdrawn, no ring of it runs here again.
     Remember(belay_wire::InflightList),
     /// The offer is withdrawn. Refused by [`Notice::WithdrawTooLate`] after the claim.
     Withdraw,

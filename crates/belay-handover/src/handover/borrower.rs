@@ -27,7 +27,8 @@ pub enum BorrowerEvent {
     Connected,
     /// All rings have stopped, with these requests in flight.
     RingsStopped(InflightList),
-    /// All rings have stopped before this process began, with these requests in flight, and will not run here again.
+    /// All rings have stopped before this process began, with these requests in flight. It is decided that the guest goes
+    /// home: until a withdrawal no ring runs here, whatever the VMM that it has left starts.
     Remembered(InflightList),
     /// A ring runs (again) at this host.
     RingsStarted,
@@ -87,6 +88,8 @@ pub struct Borrower {
     parked: InflightList,
     generation: u64,
     withdrawing: bool,
+    /// The guest is not here any more, whatever its rings do.
+    decided: bool,
 }
 
 impl Borrower {
@@ -100,6 +103,7 @@ impl Borrower {
             parked: InflightList::default(),
             generation: 1,
             withdrawing: false,
+            decided: false,
         }
     }
 
@@ -150,6 +154,8 @@ impl Borrower {
                 }
                 (self, actions)
             }
+            // None has run.
+            BorrowerEvent::RingsStopped(_) if self.decided => (self, Vec::new()),
             BorrowerEvent::RingsStopped(list) => {
                 self.running = false;
                 self.parked = list;
@@ -174,6 +180,7 @@ impl Borrower {
             BorrowerEvent::Remembered(list) => {
                 if self.state == State::Serving && !self.running {
                     self.parked = list;
+                    self.decided = true;
                 }
                 (self, Vec::new())
             }
@@ -182,7 +189,7 @@ impl Borrower {
                 (self, Vec::new())
             }
             BorrowerEvent::RingWaits => match self.state {
-                State::Parked { to } => {
+                State::Parked { to } if !self.decided => {
                     self.state = State::Revoking { to };
                     let actions = vec![self.send_revoke()];
                     (self, actions)
@@ -228,6 +235,7 @@ impl Borrower {
 
     fn withdraw(mut self) -> (Self, Vec<BorrowerAction>) {
         use BorrowerAction as A;
+        self.decided = false;
         match self.state {
             State::Serving => (self, vec![A::Withdrawn]),
             State::Offered { .. } => {
@@ -300,6 +308,13 @@ mod tests {
         let (_, actions) = run(Borrower::serving(Epoch(2), false), vec![remembered(), offer()]);
         let sent = BorrowerAction::SendList { list: known.clone(), generation: 1 };
         assert_eq!(actions, [BorrowerAction::Ready, sent]);
+        // QEMU 10 starts the rings of a VM that it has migrated away when its agent is back.
+        let waits = vec![remembered(), offer(), BorrowerEvent::RingWaits, stopped()];
+        let (borrower, actions) = run(Borrower::serving(Epoch(2), false), waits);
+        assert_eq!(actions.len(), 2, "the list holds: {actions:?}");
+        let (_, actions) =
+            run(borrower, vec![BorrowerEvent::Withdraw, BorrowerEvent::Revoked { generation: 1 }]);
+        assert!(actions.contains(&BorrowerAction::Unfence), "{actions:?}");
         let events = vec![BorrowerEvent::RingsStarted, remembered(), stopped(), offer()];
         let (_, actions) = run(Borrower::serving(Epoch(2), false), events);
         assert!(actions.iter().all(|action| match action {

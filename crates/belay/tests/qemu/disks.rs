@@ -179,6 +179,12 @@ fn fault_behind_the_switchover(bed: &mut Bed, disks: Disks, fault: Fault) -> Res
     if here.name == bed.a.name {
         bed.a.qmp(&guest.vm)?.pause_before_switchover(false)?;
     }
+    // The same command while the first is still being taken back would only hear how that ends.
+    until("the end of the first migration", || {
+        let status = here.json(&["status"])?;
+        let runs = |operation: &serde_json::Value| operation["state"] == "running";
+        Ok((!status["operations"].as_array().is_some_and(|all| all.iter().any(runs))).then_some(()))
+    })?;
     migrate(here, there, &guest.vm, &[])?;
     guest.goes_on(there, 8).map(drop)
 }

@@ -298,10 +298,6 @@ impl Device {
     }
 
     fn inflight_list(&self) -> InflightList {
-        if self.port.has_unknown() {
-            // As if this process had just begun: nobody takes the device by a list that knows no ring.
-            return InflightList::default();
-        }
         let queues = self
             .port
             .queues

@@ -46,9 +46,9 @@ pub(crate) struct Queue {
     broken: bool,
     /// It has run since its in-flight region was given to the VMM: what is marked there is this process's own.
     ran: bool,
-    /// It was stopped before it ran, and an earlier process had requests of it in flight: no request here stands for
+    /// It was stopped before it ran, and an earlier process had these heads of it in flight: no request here stands for
     /// them.
-    unknown: bool,
+    unknown: Vec<u16>,
     /// Heads that the guest waits for in vain: what it put there cannot be answered, or is not what it asked for.
     lost: Vec<(u16, TxId)>,
 }
@@ -100,11 +100,6 @@ impl Port {
         self.connection.as_mut()?.ring(queue)
     }
 
-    /// Whether requests are in flight that this process does not know.
-    pub(crate) fn has_unknown(&self) -> bool {
-        self.queues.iter().any(|queue| queue.unknown)
-    }
-
     pub(crate) fn running(&self) -> u32 {
         self.queues.iter().filter(|queue| queue.running).count() as u32
     }
@@ -114,13 +109,13 @@ impl Port {
         self.queues.iter().any(|queue| queue.polled && queue.running && !queue.broken)
     }
 
-    /// Heads that no request stands for, as the list has them.
+    /// Heads that no request stands for, as the list has them. A ring with unknown ones was wound back to its used index:
+    /// it fits no list that has them, and nobody takes the device by it.
     pub(crate) fn lost(&self) -> impl Iterator<Item = ListedRequest> + '_ {
         self.queues.iter().enumerate().flat_map(|(index, queue)| {
-            queue
-                .lost
-                .iter()
-                .map(move |(head, txid)| crate::requests::listed_as_lost(index as u16, *head, *txid))
+            let unknown = queue.unknown.iter().map(|head| (*head, TxId(0)));
+            let heads = queue.lost.iter().copied().chain(unknown);
+            heads.map(move |(head, txid)| crate::requests::listed_as_lost(index as u16, head, txid))
         })
     }
 
@@ -282,7 +277,7 @@ impl Device {
                 for queue in &mut self.port.queues {
                     queue.stopped_at = None;
                     queue.ran = false;
-                    queue.unknown = false;
+                    queue.unknown.clear();
                     queue.lost.clear();
                 }
                 if self.owns_guest() {
@@ -326,8 +321,8 @@ impl Device {
     fn on_ring_stopped(&mut self, index: u16, base: u16) {
         let Some(queue) = self.port.queue(index) else { return };
         queue.running = false;
-        if let Some(waiting) = queue.waiting.take() {
-            queue.unknown = !queue.ran && !waiting.marked.is_empty();
+        if let Some(waiting) = queue.waiting.take().filter(|_| !queue.ran) {
+            queue.unknown = waiting.marked.iter().map(|mark| mark.head).collect();
         }
         queue.dirty = false;
         queue.stopped_at = Some(base);
@@ -519,7 +514,7 @@ impl Device {
             queue.waiting = None;
             queue.running = true;
             queue.ran = true;
-            queue.unknown = false;
+            queue.unknown.clear();
             queue.kicked = true;
         }
         self.counters.first_completion_ns = 0;

@@ -437,32 +437,33 @@ fn ask_for_the_id(guest: &mut Guest) {
 /// and the new one has no way to the disk's host yet: rings that its VMM starts wait for word from there.
 fn restarted_without_a_link(net: &Net, seed: u64) -> (Host, Host, Guest) {
     let (id, mut a, mut guest) = start(net, 200_000, seed);
-    let mut b = leave(net, &id, 1, &mut a, &mut guest);
+    let b = leave(net, &id, 1, &mut a, &mut guest);
     guest.run(50, 16);
     guest.fill(16);
     support::until(|| b.snapshot().in_flight > 16);
     ask_for_the_id(&mut guest);
-    b.kill();
-    guest.lose_connection();
-    let b = Host::new(net, &id, 2, Role::Remote { backing: "peer".into() });
-    b.listen(&net.path("b.sock"));
-    guest.connect(&net.path("b.sock"));
-    guest.start();
+    let b = restart_without_a_link(net, &id, b, &mut guest);
     (a, b, guest)
 }
 
-/// Found with random schedules of the machines: such rings, stopped meanwhile, seemed to have nothing in flight, and the
-/// guest went home without its requests.
-#[test]
-fn guest_whose_rings_have_not_run_since_a_restart_is_not_taken_home_without_its_requests() {
-    let net = Net::new();
-    let (mut a, mut b, mut guest) = restarted_without_a_link(&net, 41);
+fn restart_without_a_link(net: &Net, id: &DeviceIdentity, mut b: Host, guest: &mut Guest) -> Host {
+    b.kill();
+    guest.lose_connection();
+    let b = Host::new(net, id, 2, Role::Remote { backing: "peer".into() });
+    b.listen(&net.path("b.sock"));
+    guest.connect(&net.path("b.sock"));
+    guest.start();
+    b
+}
+
+/// Such a guest is stopped, and tries to go home when there is a link again. It has to stay.
+fn try_to_go_home(net: &Net, a: &mut Host, b: &mut Host, guest: &mut Guest) {
     guest.stop();
-    b.peer(&a);
-    offer_home(&mut a, &mut b);
+    b.peer(a);
+    offer_home(a, b);
     let left = guest.leave();
     guest.plug_in(&net.path("a.sock"));
-    wait_for(&mut a, &mut b, "HandoverFailed");
+    wait_for(a, b, "HandoverFailed");
     assert!(!a.has_seen("Returning"));
     drop(guest.leave());
     assert!(guest.go_back(left));
@@ -473,6 +474,36 @@ fn guest_whose_rings_have_not_run_since_a_restart_is_not_taken_home_without_its_
         guest.completed > target
     });
     guest.verify();
+}
+
+/// Found with random schedules of the machines: such rings, stopped meanwhile, seemed to have nothing in flight, and the
+/// guest went home without its requests.
+#[test]
+fn guest_whose_rings_have_not_run_since_a_restart_is_not_taken_home_without_its_requests() {
+    let net = Net::new();
+    let (mut a, mut b, mut guest) = restarted_without_a_link(&net, 41);
+    try_to_go_home(&net, &mut a, &mut b, &mut guest);
+}
+
+/// The ring that starts first has never been used: it fits any list.
+#[test]
+fn guest_with_an_unused_ring_is_not_taken_home_without_the_requests_of_another() {
+    let net = Net::new();
+    let (id, mut a, mut guest) = start(&net, 200_000, 43);
+    let mut b = successor(&net, &id, 1, &mut a);
+    guest.stop();
+    guest.migrate_to(&net.path("b.sock"));
+    wait_for(&mut b, &mut a, "Attached");
+    support::until(|| {
+        guest.reap();
+        while guest.in_flight() < 16 {
+            guest.offer(1);
+        }
+        guest.kick(1);
+        b.snapshot().in_flight > 8
+    });
+    let mut b = restart_without_a_link(&net, &id, b, &mut guest);
+    try_to_go_home(&net, &mut a, &mut b, &mut guest);
 }
 
 /// Nor did they when it was merely paused and resumed: what the in-flight region said was passed over.

@@ -78,8 +78,8 @@ pub(crate) struct Port {
     pub(crate) stopped_at: [Option<u16>; QUEUES],
     /// Started by the VMM, not let go yet.
     pub(crate) waiting: [Option<Waiting>; QUEUES],
-    /// Stopped before it ran in this process, with requests in flight.
-    pub(crate) unknown: [bool; QUEUES],
+    /// Stopped before it ran in this process, with these in flight, by the region.
+    pub(crate) unknown: [Vec<(u16, u64)>; QUEUES],
     /// Requests of rings that ran in this process are known to it.
     pub(crate) knows: [bool; QUEUES],
 }
@@ -91,12 +91,13 @@ impl Port {
             self.stopped_at[queue].map(|base| QueueBase { queue: QueueIndex(queue as u16), base })
         });
         let known = (0..QUEUES).filter(|queue| self.knows[*queue]);
-        if self.unknown.contains(&true) {
-            return InflightList::default();
-        }
+        let unknown = (0..QUEUES).flat_map(|queue| {
+            let heads = self.unknown[queue].clone();
+            Ring { heads, ..Ring::default() }.listed(queue)
+        });
         InflightList {
             queues: queues.collect(),
-            requests: known.flat_map(|queue| vm.rings[queue].listed(queue)).collect(),
+            requests: known.flat_map(|queue| vm.rings[queue].listed(queue)).chain(unknown).collect(),
         }
     }
 
@@ -130,7 +131,7 @@ impl Port {
         self.knows[queue] = true;
         self.waiting[queue] = None;
         self.stopped_at[queue] = None;
-        self.unknown[queue] = false;
+        self.unknown[queue].clear();
         Ok(())
     }
 
@@ -453,9 +454,10 @@ impl World {
             if ran {
                 vm.start_at[queue] = vm.rings[queue].base;
             }
-            // A ring that never ran in this process: what the region calls in flight is not in its list.
-            let unknown = port.waiting[queue].take().is_some_and(|(_, marked)| !marked.is_empty());
-            port.unknown[queue] = unknown && !port.knows[queue];
+            // A ring that never ran in this process: only its heads are known.
+            if let Some((_, marked)) = port.waiting[queue].take().filter(|_| !port.knows[queue]) {
+                port.unknown[queue] = marked;
+            }
             port.stopped_at[queue] = Some(vm.start_at[queue]);
             self.ring_left(at, queue);
         }

@@ -275,6 +275,8 @@ impl<'a> Fleet<'a> {
             belay_e2e::until("an offer", || match offer_named(&folder, &name, to, mode) {
                 // The ledger is a moment behind the handover or the exchange before.
                 Err(error) if error.to_string().contains("is still at") => Ok(None),
+                // The VMM that the VM has left there has only just closed its connection.
+                Err(error) if error.to_string().contains("has a device") => Ok(None),
                 // It is being cut over.
                 Err(error) if error.to_string().contains("is being copied") => Ok(None),
                 Err(error) if error.to_string().contains("cannot move now") => Ok(None),

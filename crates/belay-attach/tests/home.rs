@@ -439,8 +439,10 @@ fn restarted_without_a_link(net: &Net, seed: u64) -> (Host, Host, Guest) {
     let (id, mut a, mut guest) = start(net, 200_000, seed);
     let b = leave(net, &id, 1, &mut a, &mut guest);
     guest.run(50, 16);
-    guest.fill(16);
-    support::until(|| b.snapshot().in_flight > 16);
+    support::until(|| {
+        guest.step(16);
+        b.snapshot().in_flight > 16
+    });
     ask_for_the_id(&mut guest);
     let b = restart_without_a_link(net, &id, b, &mut guest);
     (a, b, guest)

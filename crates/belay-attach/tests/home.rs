@@ -436,7 +436,7 @@ fn ask_for_the_id(guest: &mut Guest) {
 /// A guest away from its disk, with requests in flight, one of which was answered out of order; its agent was killed,
 /// and the new one has no way to the disk's host yet: rings that its VMM starts wait for word from there.
 fn restarted_without_a_link(net: &Net, seed: u64) -> (Host, Host, Guest) {
-    let (id, mut a, mut guest) = start(net, 200_000, seed);
+    let (id, mut a, mut guest) = start(net, 50_000, seed);
     let b = leave(net, &id, 1, &mut a, &mut guest);
     guest.run(50, 16);
     support::until(|| {
@@ -491,7 +491,7 @@ fn guest_whose_rings_have_not_run_since_a_restart_is_not_taken_home_without_its_
 #[test]
 fn guest_with_an_unused_ring_is_not_taken_home_without_the_requests_of_another() {
     let net = Net::new();
-    let (id, mut a, mut guest) = start(&net, 200_000, 43);
+    let (id, mut a, mut guest) = start(&net, 50_000, 43);
     let mut b = successor(&net, &id, 1, &mut a);
     guest.stop();
     guest.migrate_to(&net.path("b.sock"));

@@ -1,4 +1,4 @@
-//! The two hosts: network namespaces as root, two loopback addresses otherwise; an agent on each.
+//! The two hosts, an agent on each.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -8,21 +8,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use crate::network::Network;
+
 /// How long an agent may take to be ready.
 const READY: Duration = Duration::from_secs(20);
-/// What joins the hosts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Network {
-    /// Network namespaces as root, loopback addresses otherwise.
-    Separate,
-    /// Loopback addresses.
-    Loopback,
-}
-
 /// A host.
 pub(crate) struct Host {
     pub(crate) name: &'static str,
-    address: String,
+    /// Address and port of its agent.
+    endpoint: String,
     namespace: Option<String>,
     pub(crate) folder: PathBuf,
     pub(crate) images: PathBuf,
@@ -37,19 +31,7 @@ pub(crate) struct Hosts {
     pub(crate) all: [Host; 2],
     /// The VM that runs on one of them, and is ended with them.
     vm: &'static str,
-    namespaces: Vec<String>,
-}
-
-fn run(program: &str, arguments: &[&str]) -> Result<()> {
-    let output =
-        Command::new(program).args(arguments).output().with_context(|| format!("cannot run {program}"))?;
-    ensure!(
-        output.status.success(),
-        "{program} {}: {}",
-        arguments.join(" "),
-        String::from_utf8_lossy(&output.stderr).trim()
-    );
-    Ok(())
+    _network: Network,
 }
 
 impl Hosts {
@@ -64,13 +46,11 @@ impl Hosts {
         vm: &'static str,
         guest: &Path,
     ) -> Result<Self> {
-        let as_root = network == Network::Separate && rustix::process::geteuid().is_root();
-        let id = std::process::id();
         let mut hosts = Self {
-            all: [("host-a", 1u8), ("host-b", 2)].map(|(name, number)| Host {
+            all: [("host-a", 0), ("host-b", 1)].map(|(name, number)| Host {
                 name,
-                address: if as_root { format!("10.213.77.{number}") } else { format!("127.0.0.{number}") },
-                namespace: as_root.then(|| format!("belay-{id}-{number}")),
+                endpoint: network.endpoints[number].clone(),
+                namespace: network.namespace(number),
                 folder: sockets.join(name),
                 images: images.join(name),
                 vm,
@@ -78,32 +58,10 @@ impl Hosts {
                 agent: None,
             }),
             vm,
-            namespaces: Vec::new(),
+            _network: network,
         };
-        if as_root {
-            hosts.make_network(id)?;
-        }
         hosts.enrol_and_start(copy_bytes_per_s, guest)?;
         Ok(hosts)
-    }
-
-    fn make_network(&mut self, id: u32) -> Result<()> {
-        let names: Vec<String> = self.all.iter().filter_map(|host| host.namespace.clone()).collect();
-        for name in &names {
-            run("ip", &["netns", "add", name])?;
-            self.namespaces.push(name.clone());
-            run("ip", &["-n", name, "link", "set", "lo", "up"])?;
-        }
-        let (a, b) = (format!("bl{id}a"), format!("bl{id}b"));
-        run(
-            "ip",
-            &["link", "add", &a, "netns", &names[0], "type", "veth", "peer", "name", &b, "netns", &names[1]],
-        )?;
-        for ((name, device), host) in names.iter().zip([&a, &b]).zip(&self.all) {
-            run("ip", &["-n", name, "addr", "add", &format!("{}/24", host.address), "dev", device])?;
-            run("ip", &["-n", name, "link", "set", device, "up"])?;
-        }
-        Ok(())
     }
 
     fn enrol_and_start(&mut self, copy_bytes_per_s: u64, guest: &Path) -> Result<()> {
@@ -113,10 +71,10 @@ impl Hosts {
         let [a, b] = &mut self.all;
         a.local(&["host", "init", "--name", a.name, "--pki", &a.pki()])?;
         a.start_agent()?;
-        let token = a.local(&["host", "invite", "--pki", &a.pki(), "--address", &a.endpoint()])?;
+        let token = a.local(&["host", "invite", "--pki", &a.pki(), "--address", &a.endpoint])?;
         let token =
             token.split_whitespace().find(|word| word.starts_with("belay1.")).context("no token")?.to_owned();
-        b.local(&["host", "join", &token, "--name", b.name, "--address", &b.endpoint(), "--pki", &b.pki()])?;
+        b.local(&["host", "join", &token, "--name", b.name, "--address", &b.endpoint, "--pki", &b.pki()])?;
         b.start_agent()
     }
 }
@@ -133,19 +91,12 @@ impl Drop for Hosts {
                 let _ = agent.wait();
             }
         }
-        for name in &self.namespaces {
-            let _ = run("ip", &["netns", "del", name]);
-        }
     }
 }
 
 impl Host {
     fn pki(&self) -> String {
         self.folder.join("pki").display().to_string()
-    }
-
-    fn endpoint(&self) -> String {
-        format!("{}:7420", self.address)
     }
 
     fn socket(&self) -> PathBuf {
@@ -166,7 +117,7 @@ impl Host {
             self.folder,
             self.folder.join("pki"),
             self.images,
-            self.endpoint(),
+            self.endpoint,
         );
         Ok(std::fs::write(self.folder.join("agent.toml"), text)?)
     }

@@ -7,6 +7,7 @@ mod console;
 mod evacuation;
 mod figures;
 mod hosts;
+mod network;
 mod page;
 
 use std::os::unix::fs::FileExt;
@@ -19,7 +20,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::console::Console;
-use crate::hosts::{Host, Hosts, Network};
+use crate::hosts::{Host, Hosts};
+use crate::network::Network;
 use crate::page::Phase;
 
 /// The VM's name.
@@ -171,7 +173,7 @@ fn specification(guest: &Path) -> String {
 fn run(belay: &Path, probe: &Path, guest: &Path, out: &Path, sockets: &Path, images: &Path) -> Result<()> {
     let began = Instant::now();
     say("two hosts, an agent on each, enrolled with each other by a one-time token");
-    let hosts = Hosts::start(belay, sockets, images, Network::Separate, COPY_BYTES_PER_S, VM, guest)?;
+    let hosts = Hosts::start(belay, sockets, images, Network::separate()?, COPY_BYTES_PER_S, VM, guest)?;
     let [a, b] = &hosts.all;
     let disk = images.join("disk0-original.img");
     make_disk(probe, &disk)?;

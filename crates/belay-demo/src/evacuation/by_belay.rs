@@ -8,7 +8,8 @@ use serde_json::Value;
 use super::{COPY_BYTES_PER_S, Moved, PATIENCE, Scene, VM, observed};
 use crate::console::Console;
 use crate::go_on;
-use crate::hosts::{Hosts, Network};
+use crate::hosts::Hosts;
+use crate::network::Network;
 
 const DISK: &str = "disk0";
 
@@ -17,7 +18,7 @@ pub(super) fn evacuate(scene: &Scene, console: &Console) -> Result<Value> {
         &scene.belay,
         &scene.sockets,
         &scene.images,
-        Network::Loopback,
+        Network::loopback()?,
         COPY_BYTES_PER_S,
         VM,
         &scene.guest,

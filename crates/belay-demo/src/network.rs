@@ -27,7 +27,9 @@ impl Network {
         match network.make_namespaces() {
             Ok(()) => Ok(network),
             Err(error) => {
-                println!("No network namespaces here ({error:#}): both hosts have loopback addresses.");
+                crate::say(&format!(
+                    "no network namespaces here ({error:#}): both hosts have loopback addresses"
+                ));
                 Self::loopback()
             }
         }

@@ -1,5 +1,7 @@
 //! `belay host`: works on this host's PKI directory; no agent is asked.
 
+use std::path::Path;
+
 use belay_link::{HostName, Identity, KnownHost};
 use serde_json::{Value, json};
 
@@ -38,7 +40,7 @@ pub(super) async fn run(context: &Context, command: HostCommand) -> Result<(), F
         }
         HostCommand::List { pki } => {
             let hosts = belay_link::known_hosts(&pki.directory)?;
-            (hosts_json(&hosts), table(&hosts))
+            (hosts_json(&hosts), table(&hosts, &pki.directory))
         }
         HostCommand::Remove { name, pki } => {
             let name = HostName::new(&name)?;
@@ -79,9 +81,12 @@ fn hosts_json(hosts: &[KnownHost]) -> Value {
     hosts.iter().map(|host| json!({"name": host.name.as_str(), "addresses": host.addresses})).collect()
 }
 
-fn table(hosts: &[KnownHost]) -> String {
+fn table(hosts: &[KnownHost], directory: &Path) -> String {
     if hosts.is_empty() {
-        return "no hosts: `belay host init` makes a cluster, `belay host join` joins one".into();
+        return format!(
+            "no hosts in {}: `belay host init` makes a cluster, `belay host join` joins one, `--pki` names another place",
+            directory.display()
+        );
     }
     let mut table = Table::new(&["HOST", "ADDRESSES"]);
     for host in hosts {

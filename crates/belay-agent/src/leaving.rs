@@ -275,7 +275,7 @@ impl Leaving {
 
     /// After an error, an abort, or a restart: the VM ends up at one host. `true`: it goes on here.
     pub(crate) async fn end(&self) -> bool {
-        let here = if self.vm.is_alive() || !self.runs_there().await {
+        let here = if self.lives_here().await || !self.runs_there().await {
             self.take_back().await.is_ok()
         } else {
             // Nobody but the other host has it.
@@ -293,6 +293,17 @@ impl Leaving {
             self.finish().await;
         }
         here
+    }
+
+    /// Whether the VM's QEMU is alive here. One that was killed is not gone at once: it is, or it answers.
+    async fn lives_here(&self) -> bool {
+        while self.vm.is_alive() {
+            if self.vm.qmp().await.is_ok() {
+                return true;
+            }
+            tokio::time::sleep(POLL).await;
+        }
+        false
     }
 
     /// Whether the VM runs at the other host. Asks until that is known.
@@ -325,6 +336,11 @@ impl Leaving {
         }
     }
 
+    /// Whether this device is not granted any more: it leaves with others, has not left, and this is taken back.
+    fn is_called_off(&self, device: &Managed) -> bool {
+        self.departure.is_some() && !goes_home(device) && !has_moved(device)
+    }
+
     /// Withdraws an offer. `false`: too late. Until the other host has said which, it is neither.
     async fn withdraw(&self, device: &Arc<Managed>) -> bool {
         loop {
@@ -334,6 +350,10 @@ impl Leaving {
             };
             match outcome {
                 Ok(()) => return true,
+                // Of a departure that was called off nothing is granted: the other host is just being refused.
+                Err(error) if error.code == "fenced" && self.is_called_off(device) => {
+                    tokio::time::sleep(POLL).await;
+                }
                 Err(error) if error.code == "fenced" => return false,
                 Err(error) => {
                     tracing::warn!(device = %device.name(), %error, "withdrawing again");

@@ -1,19 +1,17 @@
 //! A device on its thread: what it owns, and the loop that serves it.
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::RawFd;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use belay_block::virtio::{BlockConfig, Limits};
-use belay_block::{Backend, Buf, BufferPool, Op, OpId, OpKind, Status};
-use belay_reactor::{Cqe, OwnerId, Ring, Token, Waker};
+use belay_block::{Backend, BufferPool};
+use belay_reactor::{Cqe, OwnerId, Ring, Waker};
 use belay_wire::control::Channel;
-use belay_wire::{DeviceIdentity, Epoch, FrameKind, Header, TxId};
+use belay_wire::{DeviceIdentity, Epoch, TxId};
 
-use crate::client::{Client, RemoteDone, RemoteKind, RemoteOwner, RemoteRequest};
-use crate::conn::DataConn;
+use crate::client::Client;
 use crate::exchange::Exchange;
 use crate::handle::{Command, LinkTimes, Notice};
 use crate::handover::{Handover, OpenClaim};
@@ -22,6 +20,11 @@ use crate::requests::Requests;
 use crate::serve::Server;
 use crate::spin::Spin;
 use crate::stats::{Counters, Snapshot, since};
+
+mod backing;
+mod connections;
+mod requests;
+mod view;
 
 /// Owner of completions of the wake-up.
 const WAKER: OwnerId = OwnerId(1);
@@ -240,32 +243,6 @@ impl Device {
         self.let_go()
     }
 
-    /// Ends what has not begun, and waits for what has: the file's lock is free for the next thread then.
-    fn let_go(&mut self) -> std::io::Result<()> {
-        let guests = self.requests.all().into_iter().map(|key| OpId(GUEST_OP | key as u64));
-        let ops: Vec<OpId> = guests.chain(self.server.op_ids()).collect();
-        if let Some(local) = &mut self.local {
-            ops.into_iter().for_each(|op| local.cancel(op));
-        }
-        let deadline = Instant::now() + LET_GO_LIMIT;
-        let mut cqes = Vec::new();
-        loop {
-            let mut busy = false;
-            if let Some(local) = &mut self.local {
-                busy |= settle(&mut **local, &cqes, &mut self.ring, self.now);
-            }
-            if let Some(exchange) = &mut self.exchange {
-                busy |= settle(exchange.local_mut(), &cqes, &mut self.ring, self.now);
-            }
-            if !busy || Instant::now() > deadline {
-                return Ok(());
-            }
-            cqes.clear();
-            self.ring.wait(Some(LET_GO_STEP))?;
-            self.ring.completions(&mut cqes);
-        }
-    }
-
     /// Whether the next work may come any moment: from the guest, or from the disk here. A peer's answer takes longer
     /// than a wake-up, and the processor may be wanted for it. (Measured with both hosts on two processors: looking
     /// for 50 µs doubled the latency of a remote read.)
@@ -338,125 +315,6 @@ impl Device {
         }
     }
 
-    /// Polls a descriptor for readability, for this owner and slot.
-    pub(crate) fn poll(&mut self, fd: RawFd, owner: OwnerId, slot: u64) {
-        if let Err(error) = self.ring.poll_readable(fd, Token::new(owner, slot)) {
-            tracing::error!(device = %self.identity.name, %error, "cannot poll a descriptor");
-        }
-    }
-
-    pub(crate) fn unpoll(&mut self, owner: OwnerId, slot: u64) {
-        let _ = self.ring.cancel(Token::new(owner, slot));
-        // The kernel must have taken the cancellation before the descriptor is closed.
-        let _ = self.ring.submit();
-    }
-
-    /// Polls a data connection, under a new id.
-    pub(crate) fn watch_conn(&mut self, conn: &DataConn) -> u64 {
-        let id = self.next_conn_id;
-        self.next_conn_id += 1;
-        self.poll(conn.as_raw_fd(), CONN, id << 1);
-        id
-    }
-
-    fn on_conn_ready(&mut self, cqe: Cqe) {
-        let id = cqe.token.slot >> 1;
-        if cqe.more && self.conn_by_id(id).is_none() {
-            // The connection was dropped, which its own shutdown has just told: let go of the socket.
-            self.unpoll(CONN, cqe.token.slot);
-            return;
-        }
-        if cqe.token.slot & 1 == 1 {
-            if let Some(conn) = self.conn_by_id(id) {
-                conn.blocked_on_write = false;
-            }
-            return;
-        }
-        self.read_conn(id);
-        if !cqe.more
-            && let Some(fd) = self.conn_by_id(id).map(|conn| conn.as_raw_fd())
-        {
-            self.poll(fd, CONN, id << 1);
-        }
-    }
-
-    fn conn_by_id(&mut self, id: u64) -> Option<&mut DataConn> {
-        if let Some(key) = self.server.by_id(id) {
-            return self.server.sessions.get_mut(key).map(|session| &mut session.conn);
-        }
-        self.client.as_mut()?.channels().into_iter().find(|state| state.id == id)?.conn.as_mut()
-    }
-
-    fn read_conn(&mut self, id: u64) {
-        if let Some(key) = self.server.by_id(id) {
-            self.serve_session(key);
-            return;
-        }
-        let channel = self.client.as_mut().and_then(|client| {
-            client.channels().into_iter().find(|state| state.id == id).map(|state| state.channel)
-        });
-        if let Some(channel) = channel {
-            self.read_channel(channel);
-        }
-    }
-
-    fn read_leftovers(&mut self) -> bool {
-        if std::mem::take(&mut self.vmm_readable_later) {
-            self.on_vmm_readable();
-        }
-        let ids = std::mem::take(&mut self.more_to_read);
-        for id in &ids {
-            self.read_conn(*id);
-        }
-        !ids.is_empty()
-    }
-
-    /// Writes what is queued on every connection, and polls those that are full.
-    fn flush_connections(&mut self) {
-        let now = self.now;
-        let mut blocked = Vec::new();
-        let mut failed = Vec::new();
-        let mut flush = |id: u64, conn: &mut DataConn| {
-            if conn.blocked_on_write {
-                return;
-            }
-            match conn.flush(now) {
-                Ok(()) if conn.blocked_on_write => blocked.push((id, conn.as_raw_fd())),
-                Ok(()) => {}
-                Err(error) => failed.push((id, error.to_string())),
-            }
-        };
-        for (_, session) in &mut self.server.sessions {
-            flush(session.id, &mut session.conn);
-        }
-        if let Some(client) = &mut self.client {
-            for state in client.channels() {
-                if let Some(conn) = &mut state.conn {
-                    flush(state.id, conn);
-                }
-            }
-        }
-        for (id, fd) in blocked {
-            let _ = self.ring.poll_once(fd, libc::POLLOUT, Token::new(CONN, id << 1 | 1));
-        }
-        for (id, reason) in failed {
-            self.conn_failed(id, &reason);
-        }
-    }
-
-    fn conn_failed(&mut self, id: u64, reason: &str) {
-        if let Some(key) = self.server.by_id(id) {
-            self.drop_session(key, &crate::conn::ConnError::Io(std::io::Error::other(reason.to_owned())));
-            return;
-        }
-        let channel = self.client.as_mut().and_then(|client| {
-            client.channels().into_iter().find(|state| state.id == id).map(|state| state.channel)
-        });
-        if let Some(channel) = channel {
-            self.lose_connection(channel, reason);
-        }
-    }
-
     /// Work that the clock asks for.
     fn housekeeping(&mut self) {
         if let Some(local) = &mut self.local
@@ -469,35 +327,6 @@ impl Device {
         self.redial();
         self.heartbeats();
         self.renew_snapshot(false);
-    }
-
-    /// Pings quiet peers, and gives up those that have not been heard of for too long.
-    fn heartbeats(&mut self) {
-        let (now, link) = (self.now, self.link);
-        let mut dead = Vec::new();
-        let mut check = |id: u64, conn: &mut DataConn| {
-            if since(now, conn.last_heard) > link.dead_after {
-                dead.push(id);
-            } else if since(now, conn.last_heard) > link.heartbeat
-                && since(now, conn.last_sent) > link.heartbeat
-            {
-                conn.last_sent = now;
-                let _ = conn.send(Header::new(FrameKind::Ping), &[]);
-            }
-        };
-        for (_, session) in &mut self.server.sessions {
-            check(session.id, &mut session.conn);
-        }
-        if let Some(client) = &mut self.client {
-            for state in client.channels() {
-                if let Some(conn) = &mut state.conn {
-                    check(state.id, conn);
-                }
-            }
-        }
-        for id in dead {
-            self.conn_failed(id, "nothing was heard from the peer for too long");
-        }
     }
 
     fn take_commands(&mut self) {
@@ -537,218 +366,4 @@ impl Device {
             Command::Shutdown => self.stop = true,
         }
     }
-
-    fn set_backend(&mut self, backend: Box<dyn Backend>) {
-        self.local = Some(backend);
-        for key in std::mem::take(&mut self.waiting) {
-            self.submit_guest(key);
-        }
-    }
-
-    /// The backing has left this host: nothing is served any more. When what runs has ended, the file is closed.
-    fn retire(&mut self) {
-        self.retired = true;
-        self.server.sessions.clear();
-        self.server.drop_held();
-        let ops: Vec<OpId> = self.server.op_ids().collect();
-        if let Some(local) = &mut self.local {
-            ops.into_iter().for_each(|op| local.cancel(op));
-        }
-        self.retiring = true;
-        self.finish_retiring();
-    }
-
-    /// Closes the file of a device that has left, when nothing is in flight there: its lock is free then, and no write
-    /// can come any more.
-    fn finish_retiring(&mut self) {
-        if self.retiring && self.local.as_ref().is_none_or(|local| local.in_flight() == 0) {
-            self.retiring = false;
-            self.local = None;
-            self.notice(Notice::Retired);
-        }
-    }
-
-    fn resize(&mut self, size: u64) {
-        let result = match &mut self.local {
-            _ if !size.is_multiple_of(u64::from(self.block.block_bytes)) => Err(format!(
-                "the device has blocks of {} bytes: give a multiple of that",
-                self.block.block_bytes
-            )),
-            Some(local) => local.resize(size).map_err(|error| error.to_string()),
-            None => Err("the device's backing is not on this host".to_owned()),
-        };
-        if result.is_ok() {
-            self.block.set_size(size);
-            self.limits = Limits::of(&self.block);
-            let config = belay_block::virtio::config_space(&self.block);
-            if let Some(connection) = &mut self.port.connection
-                && let Err(error) = connection.set_config(config)
-            {
-                tracing::warn!(device = %self.identity.name, %error, "the VMM could not be told of the new size");
-            }
-        }
-        self.notice(Notice::Resized(result.map(|()| size)));
-    }
-
-    /// Gives a guest request to whatever executes the guest's requests now.
-    pub(crate) fn submit_guest(&mut self, key: usize) {
-        let Some(request) = self.requests.get(key) else { return };
-        let ((kind, offset, len), mut txid) = (request.work(), request.txid);
-        let buf = match kind {
-            OpKind::Read => request.target().clone(),
-            OpKind::Write => request.data.clone(),
-            _ => Buf::default(),
-        };
-        let flushing = request.flushing;
-        if self.exchange.is_some() {
-            self.exchange_guest(key);
-        } else if self.client.is_some() {
-            let owner = RemoteOwner::Guest(key);
-            if flushing {
-                // Its own number is known there as that of a change that is done.
-                txid = self.draw_txid();
-            }
-            self.submit_remote(txid, RemoteRequest::new(RemoteKind::Op(kind), offset, len, buf, owner));
-        } else if let Some(local) = &mut self.local {
-            if kind == OpKind::Read {
-                self.requests.reads_here(key);
-            }
-            let op = Op { id: OpId(GUEST_OP | key as u64), kind, offset, len, buf };
-            if let Some(op) = self.server.hold_back(txid, op) {
-                local.submit(op, &mut self.ring, self.now);
-            }
-        } else {
-            self.waiting.push_back(key);
-        }
-    }
-
-    /// Cancels a request that the guest has forgotten, if it has not begun.
-    pub(crate) fn cancel_guest(&mut self, key: usize) {
-        if let Some(at) = self.waiting.iter().position(|waiting| *waiting == key) {
-            self.waiting.remove(at);
-            self.requests.remove(key);
-        } else if self.server.cancel_held(OpId(GUEST_OP | key as u64)) {
-            self.requests.remove(key);
-        } else if let Some(local) = &mut self.local {
-            local.cancel(OpId(GUEST_OP | key as u64));
-        }
-    }
-
-    /// Takes what backends have finished.
-    fn finish_backend_ops(&mut self) -> bool {
-        let mut any = false;
-        while let Some(done) = self.local.as_mut().and_then(|local| local.finished()) {
-            any = true;
-            self.on_op_done(done.op, done.status);
-        }
-        while let Some(done) = self.exchange.as_mut().and_then(|exchange| exchange.local_mut().finished()) {
-            any = true;
-            self.on_op_done(done.op, done.status);
-        }
-        self.finish_retiring();
-        any
-    }
-
-    fn on_op_done(&mut self, op: Op, status: Status) {
-        let which = op.id.0 & !OP_CLASS;
-        match op.id.0 & OP_CLASS {
-            GUEST_OP => self.guest_done(which as usize, status),
-            SERVER_OP => self.server_op_done(which as usize, &op, status),
-            STEP_OP => self.step_done(which, status),
-            _ => {
-                tracing::error!(device = %self.identity.name, op = op.id.0, "an operation that nobody knows")
-            }
-        }
-    }
-
-    /// A request that was executed at the backing's host has ended.
-    pub(crate) fn remote_done(&mut self, done: RemoteDone) {
-        match done.owner {
-            RemoteOwner::Guest(key) => {
-                self.elder_done_remotely(key);
-                self.guest_done(key, done.status);
-            }
-            RemoteOwner::Step(step) => self.remote_step_done(step, done),
-        }
-    }
-
-    /// A number for a new request.
-    pub(crate) fn draw_txid(&mut self) -> TxId {
-        let txid = self.next_tx;
-        self.next_tx = txid.next();
-        txid
-    }
-
-    /// A number that was drawn before this process: later ones must be above it.
-    pub(crate) fn seen_txid(&mut self, txid: TxId) {
-        self.next_tx = self.next_tx.max(txid.next());
-    }
-
-    pub(crate) fn notice(&self, notice: Notice) {
-        let _ = self.notices.send(notice);
-    }
-
-    fn renew_snapshot(&mut self, force: bool) {
-        if !force && since(self.now, self.snapshot_at) < SNAPSHOT_EVERY {
-            return;
-        }
-        if force && since(self.now, self.snapshot_at) < SNAPSHOT_EVERY / 10 {
-            return;
-        }
-        self.snapshot_at = self.now;
-        let snapshot = self.describe();
-        *self.snapshot.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = snapshot;
-    }
-
-    fn describe(&mut self) -> Snapshot {
-        let mut link_in = self.counters.link_in_bytes;
-        let mut link_out = self.counters.link_out_bytes;
-        for (_, session) in &self.server.sessions {
-            link_in += session.conn.bytes_in;
-            link_out += session.conn.bytes_out;
-        }
-        let mut link_up = false;
-        if let Some(client) = &mut self.client {
-            link_up = client.guest.is_up();
-            for state in client.channels() {
-                link_in += state.conn.as_ref().map_or(0, |conn| conn.bytes_in);
-                link_out += state.conn.as_ref().map_or(0, |conn| conn.bytes_out);
-            }
-        }
-        Snapshot {
-            state: self.state_name(),
-            epoch: self.epoch.0,
-            vmm_connected: self.port.connection.is_some(),
-            vmm_silent: self.port.connection.as_ref().is_some_and(|connection| !connection.has_begun()),
-            rings_running: self.port.running(),
-            in_flight: self.requests.live() as u64,
-            requests: self.counters.requests,
-            errors: self.counters.errors,
-            bad_requests: self.counters.bad_requests,
-            read_bytes: self.counters.read_bytes,
-            written_bytes: self.counters.written_bytes,
-            latency: self.counters.latency(),
-            latency_histogram: self.counters.buckets,
-            last_completion_ns: self.counters.last_completion_ns,
-            first_completion_ns: self.counters.first_completion_ns,
-            rings_stopped_ns: self.counters.rings_stopped_ns,
-            link_up,
-            successor_ready: self.server.guest_session().is_some() && self.lent_to.is_none(),
-            link_in_bytes: link_in,
-            link_out_bytes: link_out,
-            served: self.counters.served,
-            fenced: self.counters.fenced,
-            exchange: self.exchange.as_ref().map(|exchange| exchange.progress()),
-            last_exchange: self.last_exchange,
-        }
-    }
-}
-
-/// Takes a backend's completions for nobody. Whether there are more to come.
-fn settle(backend: &mut dyn Backend, cqes: &[Cqe], ring: &mut Ring, now: Instant) -> bool {
-    for cqe in cqes {
-        backend.on_completion(*cqe, ring, now);
-    }
-    while backend.finished().is_some() {}
-    backend.in_flight() > 0
 }

@@ -425,6 +425,10 @@ fn crash_of_the_borrower_before_the_return_leaves_the_guest_there() {
     guest.verify();
 }
 
+/// Time that each request takes, microseconds: long enough for what was seen in flight to be so still when an agent is
+/// killed right after, on a busy machine, too.
+const SLOW_US: u64 = 200_000;
+
 /// Asks the disk for its name, which is answered before what is in flight.
 fn ask_for_the_id(guest: &mut Guest) {
     let at = guest.scratch() as u64;
@@ -436,9 +440,9 @@ fn ask_for_the_id(guest: &mut Guest) {
 /// A guest away from its disk, with requests in flight, one of which was answered out of order; its agent was killed,
 /// and the new one has no way to the disk's host yet: rings that its VMM starts wait for word from there.
 fn restarted_without_a_link(net: &Net, seed: u64) -> (Host, Host, Guest) {
-    let (id, mut a, mut guest) = start(net, 50_000, seed);
+    let (id, mut a, mut guest) = start(net, SLOW_US, seed);
     let b = leave(net, &id, 1, &mut a, &mut guest);
-    guest.run(50, 16);
+    guest.run(16, 16);
     support::until(|| {
         guest.step(16);
         b.snapshot().in_flight > 16
@@ -469,7 +473,7 @@ fn try_to_go_home(net: &Net, a: &mut Host, b: &mut Host, guest: &mut Guest) {
     assert!(!a.has_seen("Returning"));
     drop(guest.leave());
     assert!(guest.go_back(left));
-    let target = guest.completed + 200;
+    let target = guest.completed + 32;
     guest.run_until(16, |guest| {
         a.pump();
         b.pump();
@@ -491,7 +495,7 @@ fn guest_whose_rings_have_not_run_since_a_restart_is_not_taken_home_without_its_
 #[test]
 fn guest_with_an_unused_ring_is_not_taken_home_without_the_requests_of_another() {
     let net = Net::new();
-    let (id, mut a, mut guest) = start(&net, 50_000, 43);
+    let (id, mut a, mut guest) = start(&net, SLOW_US, 43);
     let mut b = successor(&net, &id, 1, &mut a);
     guest.stop();
     guest.migrate_to(&net.path("b.sock"));
@@ -516,7 +520,7 @@ fn guest_whose_rings_have_not_run_since_a_restart_is_paused_and_goes_on_with_its
     guest.stop();
     guest.start();
     b.peer(&a);
-    let target = guest.completed + 200;
+    let target = guest.completed + 32;
     guest.run_until(16, |guest| {
         a.pump();
         b.pump();

@@ -48,6 +48,8 @@ pub struct Agent {
     pub vms: Vms,
     /// The user that QEMU runs as, if it is not the agent's.
     pub(crate) vmm_uid: std::sync::OnceLock<u32>,
+    /// Everything of the ledger is there.
+    pub(crate) started: std::sync::atomic::AtomicBool,
     /// What it counts for its metrics.
     pub counts: Counts,
     /// Held while a device is prepared for a peer: the same call twice may not start it twice.
@@ -72,6 +74,7 @@ impl Agent {
             operations: Operations::default(),
             vms: Vms::default(),
             vmm_uid: std::sync::OnceLock::new(),
+            started: std::sync::atomic::AtomicBool::new(false),
             counts: Counts::default(),
             preparing: tokio::sync::Mutex::default(),
             departures: Mutex::default(),

@@ -33,6 +33,8 @@ const LOOK: Duration = Duration::from_millis(2);
 const ASK: Duration = Duration::from_millis(300);
 /// After so long without them it is said what is waited for.
 const SAY_AFTER: Duration = Duration::from_secs(5);
+/// How long it is tried to reach the other host if nothing depends on it.
+const REACH: Duration = Duration::from_secs(2);
 /// How long a call may take.
 const CALL: Duration = Duration::from_secs(30);
 
@@ -263,6 +265,12 @@ impl Leaving {
         if let Some(departure) = &self.departure {
             self.agent.close_departure(departure);
         }
+        if arrival == Arrival::No && home.is_empty() {
+            // It cannot be there: the guest does not stand still for the other host's answer.
+            self.go_on().await;
+            self.tell_it_is_off().await;
+            return Ok(());
+        }
         self.end_there(arrival, !home.is_empty()).await?;
         for device in home {
             if !self.withdraw(device).await {
@@ -362,6 +370,19 @@ impl Leaving {
                     }
                 }
             }
+        }
+    }
+
+    /// Tells the other host not to wait for the VM. One that cannot be reached asks when it is back.
+    async fn tell_it_is_off(&self) {
+        let told = async {
+            let reached = self.agent.client(&self.to)?.reach(REACH).await;
+            reached.map_err(|error| AgentError::unreachable(error.to_string()))?;
+            let _: Done = self.agent.call_host(&self.to, CALL, "abort_incoming", &self.query()).await?;
+            Ok::<(), AgentError>(())
+        };
+        if let Err(error) = told.await {
+            self.note(format!("the destination could not be told: {error}"));
         }
     }
 

@@ -3,6 +3,7 @@
 pub mod adopt;
 pub mod agent;
 pub mod api;
+mod awaited;
 pub mod config;
 mod departure;
 pub mod device;
@@ -12,6 +13,7 @@ mod exchange;
 mod follow;
 mod hand_over;
 mod home;
+mod incoming;
 mod leaving;
 pub mod ledger;
 mod limits;

@@ -125,6 +125,25 @@ pub struct IncomingState {
     pub home_ready: bool,
 }
 
+/// `is_offered`: may this device come here?
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Offered {
+    /// It may, or it has been granted.
+    pub offered: bool,
+}
+
+/// `outgoing_state`: how is the VM that comes from there?
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OutgoingState {
+    /// It is on its way, or it is not decided yet where it is.
+    Leaving,
+    /// It is at the host that answers, and stays.
+    Here,
+    /// That host has no such VM, or none that the peer has a part in.
+    Unknown,
+}
+
 impl IncomingState {
     /// Whether its memory is there: it runs, or could.
     #[must_use]
@@ -173,6 +192,8 @@ impl ControlHandler for Peers {
             "incoming_state" => {
                 self.0.incoming_state(&peer, parse(body).map_err(rpc)?).await.and_then(answer)
             }
+            "outgoing_state" => self.0.outgoing_state(&peer, &parse(body).map_err(rpc)?).and_then(answer),
+            "is_offered" => self.0.is_offered(&peer, parse(body).map_err(rpc)?).and_then(answer),
             "arrived" => self.0.arrived(&peer, parse(body).map_err(rpc)?).await.and_then(answer),
             "incoming_done" => self.0.incoming_done(&peer, parse(body).map_err(rpc)?).await.and_then(answer),
             "abort_incoming" => {
@@ -214,7 +235,11 @@ impl Agent {
     }
 
     /// A peer may ask only about devices that it shares with this host.
-    fn shared_device(&self, peer: &str, id: DeviceId) -> Result<Arc<crate::device::Managed>, AgentError> {
+    pub(crate) fn shared_device(
+        &self,
+        peer: &str,
+        id: DeviceId,
+    ) -> Result<Arc<crate::device::Managed>, AgentError> {
         let unknown = || AgentError::not_found("there is no such device here, or it is not shared with you");
         let device = self.device_by_id(id).ok_or_else(unknown)?;
         let shared = match device.role() {
@@ -342,7 +367,10 @@ impl Agent {
         };
         let prepared = device.wait_for(0, &["Prepared", "PeerRefused"], Duration::from_secs(15)).await;
         match prepared {
-            Ok(text) if text.starts_with("Prepared") => Ok(answer(false)),
+            Ok(text) if text.starts_with("Prepared") => {
+                self.watch_prepared(&device);
+                Ok(answer(false))
+            }
             Ok(text) => {
                 self.drop_device(&device).await?;
                 Err(AgentError::failed(format!("device {name}: {peer} refused the connection: {text}")))

@@ -5,6 +5,7 @@
 //! nearly always taken back.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use belay_wire::DeviceId;
@@ -55,8 +56,17 @@ impl Agent {
     /// Brings what an earlier agent here has begun to an end, in the background: until then those VMs do not migrate.
     /// And sees to it that the disks of the others have come back.
     pub(crate) fn settle_migrations(self: &Arc<Self>) {
+        self.started.store(true, Ordering::Release);
+        for device in self.devices() {
+            if matches!(device.role(), RoleRecord::Prepared { .. }) {
+                self.watch_prepared(&device);
+            }
+        }
         for vm in self.vms.all() {
             let agent = Arc::clone(self);
+            if vm.incoming().is_some() {
+                self.watch_incoming(&vm);
+            }
             if let Some(way) = vm.migrating() {
                 let Ok(settling) = Arc::clone(&vm.settling).try_lock_owned() else { continue };
                 tokio::spawn(async move { agent.settle(vm, way, settling).await });

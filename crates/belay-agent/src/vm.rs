@@ -5,16 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use belay_vmm::{
-    Accel, AccelChoice, DiskPlug, Forbidden, Policy, ProcessId, Qemu, QemuCommand, Qmp, VmSpec, VmmProcess,
-};
-use belay_wire::DeviceId;
+use belay_vmm::{Accel, AccelChoice, DiskPlug, ProcessId, Qemu, QemuCommand, Qmp, VmSpec, VmmProcess};
 use serde::Serialize;
 
 use crate::agent::Agent;
 use crate::error::AgentError;
-use crate::ledger::{MigratingRecord, RoleRecord, SCHEMA, VmRecord};
-use crate::peer::{Done, IncomingState, StartIncoming, VmQuery};
+use crate::ledger::{MigratingRecord, SCHEMA, VmRecord};
 use crate::returns::Returns;
 
 /// How long a QEMU that was started may take to serve QMP.
@@ -68,9 +64,14 @@ pub struct VmView {
 }
 
 impl Vm {
-    /// Whether it waits for its memory from this host.
+    /// The host that it comes from, as long as that has not said that it is done.
+    pub(crate) fn incoming(&self) -> Option<String> {
+        self.way().incoming
+    }
+
+    /// Whether it comes from this host.
     pub(crate) fn comes_from(&self, peer: &str) -> bool {
-        self.way().incoming.as_deref() == Some(peer)
+        self.incoming().as_deref() == Some(peer)
     }
 
     fn way(&self) -> Way {
@@ -180,7 +181,7 @@ impl Vms {
     }
 }
 
-fn failed(error: impl std::fmt::Display) -> AgentError {
+pub(crate) fn failed(error: impl std::fmt::Display) -> AgentError {
     AgentError::failed(error.to_string())
 }
 
@@ -267,7 +268,12 @@ impl Agent {
         Accel::choose(choice, outcome).map_err(failed)
     }
 
-    async fn start_vm(&self, spec: VmSpec, qemu: &Qemu, from: Option<&str>) -> Result<Arc<Vm>, AgentError> {
+    pub(crate) async fn start_vm(
+        &self,
+        spec: VmSpec,
+        qemu: &Qemu,
+        from: Option<&str>,
+    ) -> Result<Arc<Vm>, AgentError> {
         let incoming = from.is_some();
         let name = spec.name.clone();
         if self.vms.get(&name).is_ok() {
@@ -385,122 +391,6 @@ impl Agent {
         Ok(())
     }
 
-    /// A peer may start a VM here only with disks that it has offered to this host, or that it gives back.
-    fn check_offered(&self, peer: &str, spec: &VmSpec) -> Result<(), AgentError> {
-        let offered = |name: &str| {
-            self.device(name).is_ok_and(|device| match device.role() {
-                RoleRecord::Prepared { from, .. } => from == peer,
-                RoleRecord::Lent { to, .. } => to == peer,
-                _ => false,
-            })
-        };
-        if spec.disks.is_empty() || !spec.disks.iter().all(|disk| offered(&disk.device)) {
-            return Err(AgentError::fenced(format!(
-                "{peer} may start VM {} here only with disks that it has offered to host {}",
-                spec.name,
-                self.host()
-            )));
-        }
-        let uses = |vm: &Arc<Vm>| spec.disks.iter().any(|disk| vm.record.devices.contains(&disk.device));
-        if self.vms.all().iter().any(|vm| vm.record.name != spec.name && uses(vm)) {
-            return Err(AgentError::precheck(format!(
-                "VM {}: another VM of host {} has a disk of it",
-                spec.name,
-                self.host()
-            )));
-        }
-        Ok(())
-    }
-
-    /// What a peer may not choose for a VM here.
-    pub(crate) fn forbidden(&self, spec: &VmSpec) -> Vec<Forbidden> {
-        let may_read = |file: &Path| self.peers_may_read(file);
-        Policy { allow_args: &self.config.vmm.allow_args, may_read: &may_read }.forbidden(spec)
-    }
-
-    /// Whether a VM of a peer may read this file: it is, free of links, in one of the operator's folders.
-    pub(crate) fn peers_may_read(&self, file: &Path) -> bool {
-        let Ok(real) = file.canonicalize() else {
-            // It is not there: said later, if it could be.
-            let plain = !file.components().any(|part| part == std::path::Component::ParentDir);
-            return plain && self.config.vmm.allow_paths.iter().any(|folder| file.starts_with(folder));
-        };
-        self.config
-            .vmm
-            .allow_paths
-            .iter()
-            .any(|folder| real.starts_with(folder.canonicalize().as_deref().unwrap_or(folder)))
-    }
-
-    /// As a destination: a QEMU that waits for a VM's memory.
-    pub(crate) async fn start_incoming(
-        &self,
-        peer: &str,
-        request: StartIncoming,
-    ) -> Result<Done, AgentError> {
-        let mut spec: VmSpec = serde_json::from_value(request.spec).map_err(failed)?;
-        spec.check().map_err(failed)?;
-        self.check_offered(peer, &spec)?;
-        if let Some(forbidden) = self.forbidden(&spec).first() {
-            return Err(AgentError::precheck(format!("VM {}, host {}: {forbidden}", spec.name, self.host())));
-        }
-        if let Ok(left) = self.vms.get(&spec.name)
-            && left.comes_from(peer)
-        {
-            // Of an attempt that was given up there; its disks are not here, they have just been offered.
-            self.stop_vm(&spec.name).await?;
-        }
-        // Which program runs here is for this host to say, not for the one that asks.
-        spec.qemu = None;
-        let qemu = Qemu::find(self.config.vmm.qemu.as_deref()).await.map_err(failed)?;
-        let vm = self.start_vm(spec, &qemu, Some(peer)).await?;
-        let qmp = vm.qmp().await?;
-        let outcome = async {
-            qmp.set_capabilities(&[
-                (belay_vmm::Capability::Events, true),
-                (belay_vmm::Capability::ReturnPath, true),
-            ])
-            .await
-            .map_err(failed)?;
-            self.expect_memory(&qmp, &vm.record.name, peer).await?;
-            Ok(Done {})
-        }
-        .await;
-        if outcome.is_err() {
-            let _ = self.stop_vm(&vm.record.name).await;
-        }
-        outcome
-    }
-
-    /// As a destination: the VM runs here.
-    pub(crate) async fn incoming_done(&self, peer: &str, request: VmQuery) -> Result<Done, AgentError> {
-        // The same for one that is not here: a peer knows its own.
-        let vm = self
-            .vms
-            .get(&request.vm)
-            .ok()
-            .filter(|vm| vm.comes_from(peer))
-            .ok_or_else(|| AgentError::fenced(format!("VM {} does not come from {peer}", request.vm)))?;
-        self.set_way(&vm, |way| way.incoming = None).await?;
-        self.events.note("migration", None, Some(&request.vm), "runs here");
-        Ok(Done {})
-    }
-
-    /// As a destination: how the VM is that comes from there.
-    pub(crate) async fn incoming_state(
-        &self,
-        peer: &str,
-        request: VmQuery,
-    ) -> Result<IncomingState, AgentError> {
-        let comes = self.vms.get(&request.vm).ok().filter(|vm| vm.comes_from(peer) && vm.is_alive());
-        // The same for one that is not here: a peer knows its own.
-        let Some(vm) = comes else {
-            return Ok(IncomingState { state: "gone".to_owned(), home_ready: false });
-        };
-        let state = vm.qmp().await?.query_status().await.map_err(failed)?.status;
-        Ok(IncomingState { state, home_ready: self.are_returns_ready(&vm, peer).await })
-    }
-
     /// Changes where a VM is on its way, durably.
     async fn set_way(&self, vm: &Vm, change: impl FnOnce(&mut Way)) -> Result<(), AgentError> {
         let mut way = vm.way();
@@ -513,6 +403,11 @@ impl Agent {
         Ok(())
     }
 
+    /// Writes down that a VM waits for nothing any more: it is here.
+    pub(crate) async fn mark_arrived(&self, vm: &Vm) -> Result<(), AgentError> {
+        self.set_way(vm, |way| way.incoming = None).await
+    }
+
     /// Writes down that a VM is on its way; `None`: it is not.
     pub(crate) async fn mark_migrating(
         &self,
@@ -521,54 +416,9 @@ impl Agent {
     ) -> Result<(), AgentError> {
         self.set_way(vm, |way| way.migrating = migrating).await
     }
-
-    /// As a destination: the migration is off.
-    pub(crate) async fn abort_incoming(&self, peer: &str, request: VmQuery) -> Result<Done, AgentError> {
-        let here = match self.vms.get(&request.vm) {
-            Err(_) => false,
-            // It has come, with these very devices; of another VM of that name a peer learns nothing.
-            Ok(vm) if !vm.comes_from(peer) => {
-                let known = |id: &DeviceId| {
-                    let device = self.device_by_id(*id);
-                    device.is_some_and(|device| vm.record.devices.contains(&device.name()))
-                };
-                !request.devices.is_empty() && request.devices.iter().all(known)
-            }
-            Ok(vm) => {
-                let is_here =
-                    |name: &String| self.device(name).is_ok_and(|device| device.role().is_guest_here());
-                let here = !self.call_off_returns(&vm).await || vm.record.devices.iter().any(is_here);
-                if !here {
-                    self.stop_vm(&request.vm).await?;
-                }
-                here
-            }
-        };
-        self.abort_prepared(peer, &request.devices).await?;
-        if here {
-            return Err(AgentError::fenced(format!("VM {} is at host {}", request.vm, self.host())));
-        }
-        Ok(Done {})
-    }
 }
 
 fn last_lines(log: &Path) -> String {
     let text = belay_vmm::process::log_tail(log);
     if text.is_empty() { format!("see {}", log.display()) } else { text }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn peer_starts_no_vm_without_disks_that_it_has_offered() {
-        let (_folder, agent) = crate::testing::agent();
-        for disks in ["", "disks = [{ device = \"disk0\" }]"] {
-            let spec = VmSpec::from_toml(&format!("name = \"vm\"\nmemory_mib = 64\n{disks}\n")).unwrap();
-            let spec = serde_json::to_value(&spec).unwrap();
-            let refused = agent.start_incoming("host-x", StartIncoming { spec }).await.unwrap_err();
-            assert_eq!(refused.code, "fenced", "{}", refused.message);
-        }
-    }
 }

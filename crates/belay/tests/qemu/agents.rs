@@ -4,7 +4,7 @@ use anyhow::Result;
 use belay_e2e::{Bed, until};
 use serde_json::json;
 
-use super::boot::DELAY;
+use super::boot::{DELAY, still_at_source};
 use super::{migrate, with_bed};
 
 #[test]
@@ -225,5 +225,23 @@ fn vm_that_is_paused_while_its_agent_is_killed_goes_on() {
         }
         migrate(&bed.a, &bed.b, &guest.vm, &[])?;
         guest.goes_on(&bed.b, 4).map(drop)
+    });
+}
+
+#[test]
+fn destination_agent_that_was_away_when_the_migration_was_taken_back_does_not_wait_for_the_vm() {
+    with_bed(|bed| {
+        let guest = bed.a.run_boot_guest("vm", "20ms")?;
+        guest.goes_on(&bed.a, 2)?;
+        let mut qmp = bed.a.qmp(&guest.vm)?;
+        qmp.pause_before_switchover(true)?;
+        let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name])?;
+        qmp.wait_pre_switchover()?;
+        bed.b.kill_agent()?;
+        let output = command.wait()?;
+        anyhow::ensure!(!output.status.success(), "{output:?}");
+        guest.goes_on(&bed.a, 4)?;
+        bed.b.start_agent()?;
+        still_at_source(bed, &guest)
     });
 }

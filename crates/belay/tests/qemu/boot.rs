@@ -71,7 +71,7 @@ fn taken_back(bed: &Bed, guest: &BootGuest, command: Background) -> Result<()> {
     still_at_source(bed, guest)
 }
 
-fn still_at_source(bed: &Bed, guest: &BootGuest) -> Result<()> {
+pub(crate) fn still_at_source(bed: &Bed, guest: &BootGuest) -> Result<()> {
     bed.a.wait_device(&guest.disk, "local")?;
     guest.goes_on(&bed.a, 6)?;
     bed.b.wait_vm_gone(&guest.vm)?;

@@ -8,7 +8,8 @@ use belay_attach::{Command, ExchangeOptions};
 use belay_block::BackendSpec;
 use belay_link::{Backoff, CallError};
 
-use crate::agent::{Agent, LOCK_IS_USUAL, map_path, open_when_free};
+use crate::agent::devices::open_when_free;
+use crate::agent::{Agent, LOCK_IS_USUAL, map_path};
 use crate::device::Managed;
 use crate::error::AgentError;
 use crate::ledger::{DeviceRecord, RoleRecord};

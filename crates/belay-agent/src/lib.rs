@@ -201,7 +201,7 @@ async fn listen_to_peers(agent: &Arc<Agent>, identity: Arc<Identity>) -> anyhow:
 /// Gives a peer's data connection to the thread of the device that it asks for.
 fn hand_over(agent: &Agent, connection: belay_link::DataConnection) {
     let peer = connection.peer.to_string();
-    match belay_attach::read_open(agent::peer_socket(connection), OPEN_LIMIT) {
+    match belay_attach::read_open(agent::ways::peer_socket(connection), OPEN_LIMIT) {
         Ok((socket, open, epoch)) => match agent.device_by_id(open.device) {
             Some(device) => device.send(belay_attach::Command::Accept { socket, open, epoch }),
             None => tracing::warn!(%peer, device = %open.device, "a peer asks for a device that is not here"),

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::Router;
@@ -11,6 +12,7 @@ use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use belay_attach::{Command, Notice};
 use futures_util::StreamExt;
 use serde::{Deserialize, Serialize};
 use tokio_stream::wrappers::BroadcastStream;
@@ -395,11 +397,15 @@ async fn exchange_cancel(State(agent): Shared, Path(name): Path<String>) -> Resu
         return Ok(StatusCode::ACCEPTED);
     }
     let mark = device.mark();
-    device.send(belay_attach::Command::CancelExchange);
-    let said = device
-        .wait_for(mark, &["ExchangeCancelled", "ExchangeDone"], std::time::Duration::from_secs(30))
+    device.send(Command::CancelExchange);
+    let done = device
+        .wait_for(mark, "the end of the exchange", Duration::from_secs(30), |notice| match notice {
+            Notice::ExchangeDone => Some(true),
+            Notice::ExchangeCancelled => Some(false),
+            _ => None,
+        })
         .await?;
-    if said.starts_with("ExchangeDone") {
+    if done {
         return Err(AgentError::precheck(format!("the exchange of device {name} was done already")));
     }
     Ok(StatusCode::ACCEPTED)

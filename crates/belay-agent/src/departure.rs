@@ -287,7 +287,8 @@ mod tests {
         let record = home.record();
         agent.stop_device(&home).await;
         let home = agent.start_device(record).await.unwrap();
-        home.wait_for(0, &["Listed"], std::time::Duration::from_secs(10)).await.unwrap();
+        let listed = |notice: &Notice| matches!(notice, Notice::Listed { .. }).then_some(());
+        home.wait_for(0, "the list", std::time::Duration::from_secs(10), listed).await.unwrap();
         assert_eq!(home.listed(), Some(list));
         // A ring that runs makes it old.
         agent.forget_listed(&home).await;

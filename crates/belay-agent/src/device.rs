@@ -29,7 +29,7 @@ pub struct Managed {
     /// Its thread.
     pub handle: DeviceHandle,
     record: Mutex<DeviceRecord>,
-    said: Mutex<(u64, VecDeque<(u64, String)>)>,
+    said: Mutex<(u64, VecDeque<(u64, Notice)>)>,
     changed: watch::Sender<u64>,
     /// What the last handover to this host measured.
     pub figures: Mutex<HandoverFigures>,
@@ -186,15 +186,15 @@ impl Managed {
     }
 
     pub(crate) fn heard(&self, notice: &Notice) {
-        let text = match notice {
+        let notice = match notice {
             // Long, and kept already.
-            Notice::Listed { .. } => "Listed".to_owned(),
-            notice => format!("{notice:?}"),
+            Notice::Listed { .. } => Notice::Listed { list: InflightList::default() },
+            notice => notice.clone(),
         };
         let mut said = self.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         said.0 += 1;
         let number = said.0;
-        said.1.push_back((number, text));
+        said.1.push_back((number, notice));
         if said.1.len() > KEPT {
             said.1.pop_front();
         }
@@ -208,28 +208,31 @@ impl Managed {
         self.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner).0
     }
 
-    /// Whether the thread has said something that begins like this after `mark`.
-    pub(crate) fn has_said(&self, mark: u64, beginning: &str) -> bool {
-        let said = self.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        said.1.iter().any(|(number, text)| *number > mark && text.starts_with(beginning))
+    /// Whether the thread has said such a thing after `mark`.
+    pub(crate) fn has_said(&self, mark: u64, such: impl Fn(&Notice) -> bool) -> bool {
+        self.find_said(mark, |notice| such(notice).then_some(())).is_some()
     }
 
-    /// Waits until the thread has said one of `wanted` (beginnings of a notice's debug text) after `mark`.
+    fn find_said<T>(&self, mark: u64, pick: impl Fn(&Notice) -> Option<T>) -> Option<T> {
+        let said = self.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        said.1.iter().filter(|(number, _)| *number > mark).find_map(|(_, notice)| pick(notice))
+    }
+
+    /// Waits until the thread has said what `pick` takes, after `mark`. `what` is waited for, in the words of an error.
     ///
     /// # Errors
     /// It has not, within `limit`.
-    pub async fn wait_for(&self, mark: u64, wanted: &[&str], limit: Duration) -> Result<String, AgentError> {
+    pub async fn wait_for<T>(
+        &self,
+        mark: u64,
+        what: &str,
+        limit: Duration,
+        pick: impl Fn(&Notice) -> Option<T>,
+    ) -> Result<T, AgentError> {
         let mut changed = self.changed.subscribe();
         let search = async {
             loop {
-                let found = {
-                    let said = self.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                    said.1
-                        .iter()
-                        .find(|(number, text)| *number > mark && wanted.iter().any(|w| text.starts_with(w)))
-                        .map(|(_, text)| text.clone())
-                };
-                if let Some(found) = found {
+                if let Some(found) = self.find_said(mark, &pick) {
                     return found;
                 }
                 if changed.changed().await.is_err() {
@@ -238,13 +241,18 @@ impl Managed {
             }
         };
         tokio::time::timeout(limit, search).await.map_err(|_| {
-            AgentError::failed(format!(
-                "device {}: waited {} s in vain for {}",
-                self.name(),
-                limit.as_secs(),
-                wanted.join(" or ")
-            ))
+            let seconds = limit.as_secs_f64();
+            AgentError::failed(format!("device {}: waited {seconds} s in vain for {what}", self.name()))
         })
+    }
+
+    /// Waits until its thread has stopped.
+    ///
+    /// # Errors
+    /// It has not, within five seconds.
+    pub(crate) async fn stopped(&self) -> Result<(), AgentError> {
+        let stopped = |notice: &Notice| matches!(notice, Notice::Stopped(_)).then_some(());
+        self.wait_for(0, "the end of its thread", Duration::from_secs(5), stopped).await
     }
 
     /// Tells the thread.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use belay_attach::{Command, ExchangeOptions};
+use belay_attach::{Command, ExchangeOptions, Notice};
 use belay_block::BackendSpec;
 use belay_link::{Backoff, CallError};
 
@@ -307,7 +307,8 @@ impl Agent {
         }
         let mark = device.mark();
         device.send(Command::Retire);
-        device.wait_for(mark, &["Retired"], Duration::from_secs(10)).await?;
+        let retired = |notice: &Notice| matches!(notice, Notice::Retired).then_some(());
+        device.wait_for(mark, "the disk being let go", Duration::from_secs(10), retired).await?;
         self.record(&device, request.epoch, RoleRecord::Tombstone { moved_to: peer.to_owned(), backend })
             .await?;
         self.events.note(
@@ -325,7 +326,8 @@ impl Agent {
 async fn attached(device: &Managed) {
     if matches!(device.role(), RoleRecord::Prepared { .. }) {
         // What is not on its way here at all is refused a little later for it.
-        let _ = device.wait_for(0, &["Attached"], ATTACHED_WITHIN).await;
+        let attached = |notice: &Notice| matches!(notice, Notice::Attached { .. }).then_some(());
+        let _ = device.wait_for(0, "its handover", ATTACHED_WITHIN, attached).await;
     }
 }
 
@@ -472,7 +474,7 @@ mod tests {
             replaces: None,
         };
         agent.record(&device, Epoch(2), remote).await.unwrap();
-        device.heard(&belay_attach::Notice::Attached { epoch: Epoch(2), in_flight: 0, grant_ms: 0.0 });
+        device.heard(&Notice::Attached { epoch: Epoch(2), in_flight: 0, grant_ms: 0.0 });
         // It gets as far as asking the other host, which this one is not enrolled for.
         let error = asked.await.unwrap().unwrap_err();
         assert!(error.message.contains("belongs to no cluster"), "{error}");

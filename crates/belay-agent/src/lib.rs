@@ -119,7 +119,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     tracing::info!("ending; VMs go on, and wait for the agent to come back");
     for device in agent.devices() {
         device.send(belay_attach::Command::Shutdown);
-        let _ = device.wait_for(0, &["Stopped"], Duration::from_secs(5)).await;
+        let _ = device.stopped().await;
     }
     let _ = std::fs::remove_file(socket);
     Ok(())

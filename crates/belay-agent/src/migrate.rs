@@ -10,6 +10,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use belay_attach::Notice;
 use belay_vmm::{Capability, MigrationInfo, Qmp, QmpError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -397,12 +398,15 @@ impl Migration {
         for (device, mark) in self.leaving.devices.iter().zip(&self.marks) {
             let name = device.name();
             let to = &self.request.to;
-            if device.has_said(*mark, &format!("Link {{ peer: {to:?}, up: false")) {
+            if device.has_said(
+                *mark,
+                |notice| matches!(notice, Notice::Link { peer, up: false, .. } if peer == to),
+            ) {
                 return Err(AgentError::unreachable(format!(
                     "device {name}: the connection to {to} was lost"
                 )));
             }
-            if device.has_said(*mark, "Vmm { connected: false") {
+            if device.has_said(*mark, |notice| matches!(notice, Notice::Vmm { connected: false, .. })) {
                 return Err(AgentError::failed(format!("device {name}: the VM's connection to it was lost")));
             }
         }

@@ -10,7 +10,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use belay_attach::Command;
+use belay_attach::{Command, Notice};
 use belay_link::CallError;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -29,6 +29,8 @@ const PREPARE_WITHIN: Duration = Duration::from_secs(30);
 const READY_WITHIN: Duration = Duration::from_secs(15);
 /// How long a short call may take.
 const CALL_WITHIN: Duration = Duration::from_secs(10);
+/// How often it is looked whether the other host has connected.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// An offer, as callers see it.
 #[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
@@ -201,19 +203,22 @@ impl Agent {
         let deadline = Instant::now() + READY_WITHIN;
         loop {
             let kept = there.kept && device.snapshot().successor_ready;
-            let words = &["SuccessorReady", "HandoverFailed"];
-            let heard = device.wait_for(mark, words, Duration::from_millis(100)).await;
-            if let Ok(reason) = heard.as_ref()
-                && reason.starts_with("HandoverFailed")
-            {
-                let name = device.name();
-                return Err(AgentError::precheck(format!("device {name} cannot move now: {reason}")));
-            }
-            if kept || heard.is_ok() {
-                return Ok(there);
-            }
-            if Instant::now() > deadline {
-                return heard.map(|_| there);
+            let heard = device
+                .wait_for(mark, "the other host's connection", LOOK_EVERY, |notice| match notice {
+                    Notice::SuccessorReady { .. } => Some(Ok(())),
+                    Notice::HandoverFailed { reason } => Some(Err(reason.clone())),
+                    _ => None,
+                })
+                .await;
+            match heard {
+                Ok(Err(reason)) => {
+                    let name = device.name();
+                    return Err(AgentError::precheck(format!("device {name} cannot move now: {reason}")));
+                }
+                Ok(Ok(())) => return Ok(there),
+                Err(_) if kept => return Ok(there),
+                Err(error) if Instant::now() > deadline => return Err(error),
+                Err(_) => {}
             }
         }
     }
@@ -264,8 +269,14 @@ impl Agent {
     pub(crate) async fn withdraw_here(&self, device: &Managed) -> Result<(), AgentError> {
         let mark = device.mark();
         device.send(Command::Withdraw);
-        let answer = device.wait_for(mark, &["Withdraw"], CALL_WITHIN).await?;
-        if !answer.starts_with("Withdrawn") {
+        let withdrawn = device
+            .wait_for(mark, "the offer being taken back", CALL_WITHIN, |notice| match notice {
+                Notice::Withdrawn => Some(true),
+                Notice::WithdrawTooLate => Some(false),
+                _ => None,
+            })
+            .await?;
+        if !withdrawn {
             let to = device.record().offered.map_or_else(|| "another host".to_owned(), |offer| offer.to);
             return Err(AgentError::fenced(format!(
                 "too late: {to} has asked for device {} already",

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use belay_attach::Command;
+use belay_attach::{Command, Notice};
 use belay_link::{ControlHandler, HostName, RpcError};
 use belay_wire::{DeviceId, DeviceIdentity, Epoch};
 use serde::{Deserialize, Serialize};
@@ -17,6 +17,8 @@ use crate::view::{DeviceView, device_view};
 
 /// Devices that one peer may have offered to this host at a time.
 const MAX_OFFERS: usize = 256;
+/// How long a device that was prepared may take to reach where it is.
+const CONNECTED_WITHIN: Duration = Duration::from_secs(15);
 
 /// A call that returns nothing.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -365,15 +367,21 @@ impl Agent {
                 return Err(error);
             }
         };
-        let prepared = device.wait_for(0, &["Prepared", "PeerRefused"], Duration::from_secs(15)).await;
+        let prepared = device
+            .wait_for(0, "a connection to where it is", CONNECTED_WITHIN, |notice| match notice {
+                Notice::Prepared { .. } => Some(Ok(())),
+                Notice::PeerRefused { reason, .. } => Some(Err(reason.clone())),
+                _ => None,
+            })
+            .await;
         match prepared {
-            Ok(text) if text.starts_with("Prepared") => {
+            Ok(Ok(())) => {
                 self.watch_prepared(&device);
                 Ok(answer(false))
             }
-            Ok(text) => {
+            Ok(Err(reason)) => {
                 self.drop_device(&device).await?;
-                Err(AgentError::failed(format!("device {name}: {peer} refused the connection: {text}")))
+                Err(AgentError::failed(format!("device {name}: {peer} refused the connection: {reason}")))
             }
             Err(error) => {
                 self.drop_device(&device).await?;

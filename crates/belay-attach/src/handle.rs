@@ -164,7 +164,7 @@ pub enum Command {
 }
 
 /// What a device's thread tells the control plane.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Notice {
     /// A VMM has connected, or its connection ended (with the reason).
     Vmm {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use belay_attach::{BACKEND_OWNER, Command, DeviceConfig, DeviceHandle, LinkTimes, Role};
+use belay_attach::{BACKEND_OWNER, Command, DeviceConfig, DeviceHandle, LinkTimes, Notice, Role};
 use belay_block::{BackendSpec, OpenError};
 use belay_wire::Epoch;
 
@@ -306,9 +306,8 @@ impl Agent {
     /// Stops a device's thread; the record stays.
     pub(crate) async fn stop_device(&self, device: &Managed) {
         let name = device.name();
-        let mark = 0;
         device.send(Command::Shutdown);
-        let _ = device.wait_for(mark, &["Stopped"], Duration::from_secs(5)).await;
+        let _ = device.stopped().await;
         self.devices.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&name);
         let _ = std::fs::remove_file(self.config.device_socket(&name));
     }
@@ -341,11 +340,14 @@ impl Agent {
         }
         let mark = device.mark();
         device.send(Command::Resize(size_bytes));
-        let answer = device.wait_for(mark, &["Resized"], Duration::from_secs(10)).await?;
-        if let Some(reason) = answer.strip_prefix("Resized(Err(") {
-            let reason = reason.trim_end_matches("))").trim_matches('"');
-            return Err(AgentError::failed(format!("device {name} was not resized: {reason}")));
-        }
+        let resized = |notice: &Notice| match notice {
+            Notice::Resized(outcome) => Some(outcome.clone()),
+            _ => None,
+        };
+        device
+            .wait_for(mark, "its resize", Duration::from_secs(10), resized)
+            .await?
+            .map_err(|reason| AgentError::failed(format!("device {name} was not resized: {reason}")))?;
         let _writing = device.writing.lock().await;
         let mut record = device.record();
         let belay_wire::device::DeviceClass::Block(geometry) = &mut record.identity.class;

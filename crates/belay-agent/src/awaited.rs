@@ -13,7 +13,7 @@ use crate::agent::Agent;
 use crate::device::Managed;
 use crate::error::AgentError;
 use crate::ledger::{MigratingRecord, RoleRecord};
-use crate::peer::{DeviceQuery, Offered, OutgoingState, VmQuery};
+use crate::peer::{DeviceQuery, Leaves, Offered, VmQuery};
 use crate::vm::Vm;
 
 /// How often the other host is asked.
@@ -21,7 +21,7 @@ const ASK: Duration = Duration::from_secs(3);
 /// How long a call may take.
 const CALL: Duration = Duration::from_secs(10);
 /// What the other host does not know, and still waits here after so many answers, has been lost there.
-const UNKNOWN: u32 = 5;
+const UNKNOWN: u32 = 3;
 
 impl Agent {
     /// Until a VM has come, or does not come: sees to it that it does not wait in vain. In the background.
@@ -31,52 +31,97 @@ impl Agent {
             let mut unknown = 0;
             loop {
                 tokio::time::sleep(ASK).await;
-                let Some(from) = vm.incoming().filter(|_| agent.is_present(&vm)) else { return };
-                let query = agent.query_of(&vm);
-                let told: Result<OutgoingState, AgentError> =
-                    agent.call_host(&from, CALL, "outgoing_state", &query).await;
-                unknown = match told {
-                    Ok(OutgoingState::Unknown) => unknown + 1,
-                    Ok(OutgoingState::Here) => UNKNOWN,
-                    Ok(OutgoingState::Leaving) | Err(_) => 0,
+                let Some(from) = vm.incoming().filter(|_| agent.vms.has(&vm)) else { return };
+                unknown = match agent.ask_for_vm(&from, &vm).await {
+                    Ok(false) => unknown + 1,
+                    Ok(true) | Err(_) => 0,
                 };
-                if unknown < UNKNOWN || !agent.is_present(&vm) {
-                    continue;
-                }
-                if agent.waits_for_memory(&vm).await {
-                    agent.give_up_incoming(&from, query).await;
-                } else if agent.has_arrived(&vm) && agent.mark_arrived(&vm).await.is_ok() {
-                    agent.events.note("migration", None, Some(&vm.record.name), "runs here");
+                if unknown >= UNKNOWN {
+                    agent.settle_incoming(&from, &vm).await;
                 }
             }
         });
+    }
+
+    async fn ask_for_vm(&self, from: &str, vm: &Vm) -> Result<bool, AgentError> {
+        let told: Leaves = self.call_host(from, CALL, "is_leaving", &self.query_of(vm)).await?;
+        Ok(told.leaves)
+    }
+
+    async fn ask_for_device(&self, from: &str, id: DeviceId) -> Result<bool, AgentError> {
+        let told: Offered = self.call_host(from, CALL, "is_offered", &DeviceQuery { id }).await?;
+        Ok(told.offered)
+    }
+
+    /// The other host does not have the VM on its way here: it has arrived, or does not come.
+    async fn settle_incoming(&self, from: &str, vm: &Arc<Vm>) {
+        // Neither is anything prepared here meanwhile, nor is the answer that counts older than that.
+        let _preparing = self.preparing.lock().await;
+        if !matches!(self.ask_for_vm(from, vm).await, Ok(false)) || !self.vms.has(vm) {
+            return;
+        }
+        if self.has_arrived(vm) {
+            if self.mark_arrived(vm).await.is_ok() {
+                self.events.note("migration", None, Some(&vm.record.name), "runs here");
+            }
+            return;
+        }
+        // Of a VM that was granted its devices the other host may know nothing any more: it goes on.
+        if !self.none_is_offered(from, vm).await {
+            return;
+        }
+        match self.abort_incoming(from, self.query_of(vm)).await {
+            Ok(_) => {
+                let message = format!("does not come from {from} after all: is not waited for any more");
+                self.events.note("migration", None, Some(&vm.record.name), message);
+            }
+            Err(error) => tracing::debug!(vm = %vm.record.name, %error, "goes on waiting"),
+        }
+    }
+
+    /// Whether the other host has said of each of the VM's devices that it is neither offered nor granted to this one.
+    async fn none_is_offered(&self, from: &str, vm: &Vm) -> bool {
+        for id in self.query_of(vm).devices {
+            if !matches!(self.ask_for_device(from, id).await, Ok(false)) {
+                return false;
+            }
+        }
+        true
     }
 
     /// Until a device has come, or does not come: sees to it that it does not wait in vain. In the background.
     pub(crate) fn watch_prepared(self: &Arc<Self>, device: &Arc<Managed>) {
         let (agent, device) = (Arc::clone(self), Arc::clone(device));
         tokio::spawn(async move {
-            let id = device.identity().id;
+            let (id, name) = (device.identity().id, device.name());
+            let is_waited_for = || match device.role() {
+                RoleRecord::Prepared { from, .. } => agent
+                    .device_by_id(id)
+                    .is_some_and(|present| Arc::ptr_eq(&present, &device))
+                    .then_some(from),
+                _ => None,
+            };
             let mut unknown = 0;
             loop {
                 tokio::time::sleep(ASK).await;
-                let present = agent.device_by_id(id).is_some_and(|present| Arc::ptr_eq(&present, &device));
-                let RoleRecord::Prepared { from, .. } = device.role() else { return };
-                if !present {
-                    return;
-                }
-                let name = device.name();
-                if agent.vms.all().iter().any(|vm| vm.record.devices.contains(&name)) {
+                let Some(from) = is_waited_for() else { return };
+                if agent.vms.user_of(&name).is_some() {
                     // It goes with its VM.
                     continue;
                 }
-                let told: Result<Offered, AgentError> =
-                    agent.call_host(&from, CALL, "is_offered", &DeviceQuery { id }).await;
-                unknown = match told {
-                    Ok(Offered { offered: false }) => unknown + 1,
-                    Ok(_) | Err(_) => 0,
+                unknown = match agent.ask_for_device(&from, id).await {
+                    Ok(false) => unknown + 1,
+                    Ok(true) | Err(_) => 0,
                 };
-                if unknown >= UNKNOWN && agent.abort_prepared(&from, &[id]).await.is_ok() {
+                if unknown < UNKNOWN {
+                    continue;
+                }
+                let _preparing = agent.preparing.lock().await;
+                let still = is_waited_for().is_some() && agent.vms.user_of(&name).is_none();
+                if still
+                    && matches!(agent.ask_for_device(&from, id).await, Ok(false))
+                    && agent.abort_prepared(&from, &[id]).await.is_ok()
+                {
                     let message = format!("is not offered by {from} any more: is not waited for");
                     agent.events.note("handover", Some(&name), None, message);
                 }
@@ -85,23 +130,25 @@ impl Agent {
     }
 
     /// As a source: whether a device may go to `peer`, or has gone there.
-    pub(crate) fn is_offered(&self, peer: &str, query: DeviceQuery) -> Result<Offered, AgentError> {
-        self.check_started()?;
-        Ok(Offered { offered: self.shared_device(peer, query.id).is_ok() })
+    pub(crate) fn is_offered(&self, peer: &str, query: DeviceQuery) -> Offered {
+        let goes = |device: Arc<Managed>| match device.role() {
+            RoleRecord::Lent { to, .. } | RoleRecord::Tombstone { moved_to: to, .. } => to == peer,
+            RoleRecord::Prepared { .. } => false,
+            RoleRecord::Local { .. }
+            | RoleRecord::Remote { .. }
+            | RoleRecord::Exchanging { .. }
+            | RoleRecord::Cutting { .. } => device.record().offered.is_some_and(|offer| offer.to == peer),
+        };
+        Offered { offered: self.device_by_id(query.id).is_some_and(goes) }
     }
 
     /// Before everything of the ledger is there, nothing is known to be missing.
-    fn check_started(&self) -> Result<(), AgentError> {
+    pub(crate) fn check_started(&self) -> Result<(), AgentError> {
         if self.started.load(Ordering::Acquire) {
             Ok(())
         } else {
-            Err(AgentError::failed(format!("the agent of {} is starting", self.host())))
+            Err(AgentError::unreachable(format!("host {} is starting", self.host())))
         }
-    }
-
-    /// Whether this VM, and no other of its name, is one of this host.
-    fn is_present(&self, vm: &Arc<Vm>) -> bool {
-        self.vms.get(&vm.record.name).is_ok_and(|present| Arc::ptr_eq(&present, vm))
     }
 
     fn query_of(&self, vm: &Vm) -> VmQuery {
@@ -109,42 +156,64 @@ impl Agent {
         VmQuery { vm: vm.record.name.clone(), devices: devices.map(|device| device.identity().id).collect() }
     }
 
-    /// Whether a VM has nothing yet: its QEMU says so, or has ended.
-    async fn waits_for_memory(&self, vm: &Vm) -> bool {
-        let Ok(qmp) = vm.qmp().await else { return !vm.is_alive() };
-        qmp.query_status().await.is_ok_and(|state| state.status == "inmigrate")
-    }
-
-    /// Whether its devices are here.
+    /// Whether all its devices are here.
     fn has_arrived(&self, vm: &Vm) -> bool {
-        let here = |name: &String| self.device(name).is_ok_and(|device| device.role().is_guest_here());
+        let here = |name: &String| self.device(name).is_ok_and(|device| device.role().has_guest());
         vm.record.devices.iter().all(here)
     }
 
-    async fn give_up_incoming(&self, from: &str, query: VmQuery) {
-        let name = query.vm.clone();
-        match self.abort_incoming(from, query).await {
-            Ok(_) => {
-                let message = format!("does not come from {from} after all: is not waited for any more");
-                self.events.note("migration", None, Some(&name), message);
-            }
-            Err(error) => tracing::debug!(vm = %name, %error, "goes on waiting"),
+    /// As a source: whether a VM is on its way to `peer`, or it is not decided yet where it is.
+    pub(crate) fn is_leaving(&self, peer: &str, query: &VmQuery) -> Leaves {
+        let way = self.vms.get(&query.vm).ok().and_then(|vm| vm.migrating());
+        Leaves { leaves: way.is_some_and(|MigratingRecord { to, .. }| to == peer) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use belay_block::BackendSpec;
+    use belay_link::{ControlHandler, HostName};
+    use belay_wire::Epoch;
+    use serde_json::json;
+
+    use super::*;
+    use crate::ledger::{Mode, OfferRecord};
+    use crate::peer::Peers;
+    use crate::testing::{self, identity, memory};
+
+    #[tokio::test]
+    async fn agent_that_is_starting_says_of_nothing_that_it_is_gone() {
+        let (_folder, agent) = testing::agent();
+        let peers = Peers(Arc::clone(&agent));
+        let peer = HostName::new("host-x").unwrap();
+        let body = json!({"vm": "vm", "devices": []});
+        for method in ["incoming_state", "abort_incoming", "is_leaving", "incoming_done"] {
+            let refused = peers.handle(&peer, method, body.clone()).await.unwrap_err();
+            assert_eq!(refused.code, "unreachable", "{method}");
         }
+        agent.started.store(true, Ordering::Release);
+        assert_eq!(peers.handle(&peer, "incoming_state", body).await.unwrap()["state"], "gone");
     }
 
-    /// As a source: where a VM is that was to go to `peer`. Who does not name its devices learns nothing of it.
-    pub(crate) fn outgoing_state(&self, peer: &str, query: &VmQuery) -> Result<OutgoingState, AgentError> {
-        self.check_started()?;
-        let Ok(vm) = self.vms.get(&query.vm) else { return Ok(OutgoingState::Unknown) };
-        let its = |id: &DeviceId| {
-            self.device_by_id(*id).is_some_and(|device| vm.record.devices.contains(&device.name()))
-        };
-        Ok(match vm.migrating() {
-            Some(MigratingRecord { to, .. }) if to == peer => OutgoingState::Leaving,
-            _ if query.devices.is_empty() || !query.devices.iter().all(its) => OutgoingState::Unknown,
-            // What came here from there has not begun to leave again.
-            _ if vm.incoming().is_some() => OutgoingState::Unknown,
-            _ => OutgoingState::Here,
-        })
+    #[tokio::test]
+    async fn device_is_offered_to_the_host_that_it_may_go_to_or_has_gone_to_and_to_no_other() {
+        let (_folder, agent) = testing::agent();
+        let device = agent.add_device(identity("disk0"), memory()).await.unwrap();
+        let query = || DeviceQuery { id: device.identity().id };
+        let offered = |peer: &str| agent.is_offered(peer, query()).offered;
+        assert!(!offered("host-x"));
+        let offer = OfferRecord { to: "host-x".into(), mode: Mode::Follow };
+        device.set_record(crate::ledger::DeviceRecord { offered: Some(offer), ..device.record() });
+        assert!(offered("host-x") && !offered("host-y"));
+        let backend = BackendSpec::file("/none".into());
+        let roles = [
+            RoleRecord::Lent { backend: backend.clone(), to: "host-x".into() },
+            RoleRecord::Tombstone { backend, moved_to: "host-x".into() },
+        ];
+        for role in roles {
+            agent.record(&device, Epoch(2), role).await.unwrap();
+            assert!(offered("host-x") && !offered("host-y"));
+        }
+        assert!(!agent.is_offered("host-x", DeviceQuery { id: DeviceId::random() }).offered);
     }
 }

@@ -119,13 +119,23 @@ impl Agent {
         peer: &str,
         request: VmQuery,
     ) -> Result<IncomingState, AgentError> {
-        let comes = self.vms.get(&request.vm).ok().filter(|vm| vm.comes_from(peer) && vm.is_alive());
+        let has_come = |vm: &Vm| vm.comes_from(peer) || self.came_with(vm, peer, &request.devices);
+        let comes = self.vms.get(&request.vm).ok().filter(|vm| has_come(vm) && vm.is_alive());
         // The same for one that is not here: a peer knows its own.
         let Some(vm) = comes else {
             return Ok(IncomingState { state: "gone".to_owned(), home_ready: false });
         };
         let state = vm.qmp().await?.query_status().await.map_err(failed)?.status;
         Ok(IncomingState { state, home_ready: self.are_returns_ready(&vm, peer).await })
+    }
+
+    /// Whether a VM uses these devices, all of which the peer has a part in: one that came from there, and of which that
+    /// has said already that it is done.
+    fn came_with(&self, vm: &Vm, peer: &str, devices: &[DeviceId]) -> bool {
+        let its = |id: &DeviceId| {
+            self.shared_device(peer, *id).is_ok_and(|device| vm.record.devices.contains(&device.name()))
+        };
+        !devices.is_empty() && devices.iter().all(its)
     }
 
     /// As a destination: the migration is off.
@@ -141,8 +151,7 @@ impl Agent {
                 !request.devices.is_empty() && request.devices.iter().all(known)
             }
             Ok(vm) => {
-                let is_here =
-                    |name: &String| self.device(name).is_ok_and(|device| device.role().is_guest_here());
+                let is_here = |name: &String| self.device(name).is_ok_and(|device| device.role().has_guest());
                 let here = !self.call_off_returns(&vm).await || vm.record.devices.iter().any(is_here);
                 if !here {
                     self.stop_vm(&request.vm).await?;
@@ -150,10 +159,10 @@ impl Agent {
                 here
             }
         };
-        self.abort_prepared(peer, &request.devices).await?;
         if here {
             return Err(AgentError::fenced(format!("VM {} is at host {}", request.vm, self.host())));
         }
+        self.abort_prepared(peer, &request.devices).await?;
         Ok(Done {})
     }
 }

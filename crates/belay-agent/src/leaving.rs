@@ -291,7 +291,10 @@ impl Leaving {
         };
         if !here {
             self.give_unused();
-            while let Err(error) = self.wait_moved(None, true).await {
+            // A VM that stands still takes its devices when it runs again.
+            while self.ran
+                && let Err(error) = self.wait_moved(None, true).await
+            {
                 self.note(format!("its devices belong to {}, but {error}", self.to));
                 if !self.runs_there().await {
                     break;
@@ -320,10 +323,12 @@ impl Leaving {
         loop {
             match self.incoming_state().await {
                 Ok(state) => return state.has_arrived(),
-                Err(error) if error.code == "unreachable" => {
+                // An agent of before, which cannot say.
+                Err(error) if error.code == RpcError::UNKNOWN_METHOD => return false,
+                // The host is away, starting, or its QEMU is slow: none of this says that the VM is not there.
+                Err(error) => {
                     tracing::warn!(vm = %self.vm.record.name, %error, "asking again whether it has arrived");
                 }
-                Err(_) => return false,
             }
             tokio::time::sleep(backoff.next_delay(rand::random()).max(ASK)).await;
         }

@@ -101,6 +101,12 @@ impl RoleRecord {
         matches!(self, Self::Local { .. } | Self::Remote { .. } | Self::Exchanging { .. })
     }
 
+    /// Whether the guest is here.
+    #[must_use]
+    pub fn has_guest(&self) -> bool {
+        self.is_guest_here() || matches!(self, Self::Cutting { .. })
+    }
+
     /// The file that this host serves, or fills, for the device.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {

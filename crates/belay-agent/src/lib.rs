@@ -94,12 +94,13 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         let _ = agent.vmm_uid.set(uid);
     }
     agent.reopen_departures()?;
+    // Before another host asks: a VM that is not known yet would be one that is gone.
+    agent.find_vms()?;
     if let Some(identity) = identity {
         listen_to_peers(&agent, identity).await?;
     }
     agent.start_devices().await?;
     agent.add_configured_devices().await?;
-    agent.find_vms()?;
     agent.settle_migrations();
     let socket = agent.config.api_socket();
     let listener =

@@ -20,6 +20,10 @@ const MAX_OFFERS: usize = 256;
 /// How long a device that was prepared may take to reach where it is.
 const CONNECTED_WITHIN: Duration = Duration::from_secs(15);
 
+/// Calls that need nothing but the ledger, which other agents may be waiting for to start themselves. For all others an
+/// agent that has not started all its devices is one that cannot be reached: what it does not know yet is not gone.
+const ANSWERED_AT_ONCE: [&str; 2] = ["hello", "commit_cut"];
+
 /// A call that returns nothing.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Done {}
@@ -134,16 +138,11 @@ pub struct Offered {
     pub offered: bool,
 }
 
-/// `outgoing_state`: how is the VM that comes from there?
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum OutgoingState {
-    /// It is on its way, or it is not decided yet where it is.
-    Leaving,
-    /// It is at the host that answers, and stays.
-    Here,
-    /// That host has no such VM, or none that the peer has a part in.
-    Unknown,
+/// `is_leaving`: is this VM on its way here?
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Leaves {
+    /// It is, or it is not decided yet where it is.
+    pub leaves: bool,
 }
 
 impl IncomingState {
@@ -178,6 +177,9 @@ fn answer<T: Serialize>(value: T) -> Result<Value, AgentError> {
 impl ControlHandler for Peers {
     async fn handle(&self, peer: &HostName, method: &str, body: Value) -> Result<Value, RpcError> {
         let peer = peer.to_string();
+        if !ANSWERED_AT_ONCE.contains(&method) {
+            self.0.check_started().map_err(rpc)?;
+        }
         let outcome = match method {
             "hello" => answer(self.0.hello().await),
             "device_info" => self.0.device_info(&peer, parse(body).map_err(rpc)?).and_then(answer),
@@ -194,8 +196,8 @@ impl ControlHandler for Peers {
             "incoming_state" => {
                 self.0.incoming_state(&peer, parse(body).map_err(rpc)?).await.and_then(answer)
             }
-            "outgoing_state" => self.0.outgoing_state(&peer, &parse(body).map_err(rpc)?).and_then(answer),
-            "is_offered" => self.0.is_offered(&peer, parse(body).map_err(rpc)?).and_then(answer),
+            "is_leaving" => answer(self.0.is_leaving(&peer, &parse(body).map_err(rpc)?)),
+            "is_offered" => answer(self.0.is_offered(&peer, parse(body).map_err(rpc)?)),
             "arrived" => self.0.arrived(&peer, parse(body).map_err(rpc)?).await.and_then(answer),
             "incoming_done" => self.0.incoming_done(&peer, parse(body).map_err(rpc)?).await.and_then(answer),
             "abort_incoming" => {

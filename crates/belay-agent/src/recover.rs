@@ -101,8 +101,9 @@ impl Agent {
         }
         // QEMU starts the rings of a disk only if it is connected.
         wait_connected(&leaving.devices).await;
+        // The devices of a VM that stands still follow when it runs again.
         if leaving.arrives(ARRIVED_WITHIN).await
-            && leaving.wait_moved(Some(MOVED_WITHIN), false).await.is_ok()
+            && (!way.ran || leaving.wait_moved(Some(MOVED_WITHIN), false).await.is_ok())
         {
             note(format!("runs at {}", way.to));
             leaving.finish().await;
@@ -114,7 +115,7 @@ impl Agent {
         }
         if !vm.is_alive() {
             note("its process has ended; its devices stay here".to_owned());
-            self.forget_vm(&name);
+            self.forget_vm(&vm).await;
             return;
         }
         if let Err(error) = self.start_disks_of(&vm).await {

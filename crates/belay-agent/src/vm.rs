@@ -1,6 +1,6 @@
 //! VMs of this host: started from a specification, or adopted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -24,6 +24,8 @@ pub struct Vm {
     qmp: tokio::sync::Mutex<Option<Qmp>>,
     /// What has changed of its record since.
     way: Mutex<Way>,
+    /// Held while its record is written, or removed.
+    writing: tokio::sync::Mutex<()>,
     /// What comes home with it, while it comes here.
     pub(crate) returns: Returns,
     /// Held while it is found out how a migration ended that an earlier agent had begun.
@@ -46,6 +48,21 @@ pub struct Vms {
     /// Whether KVM works, by what it was tried with.
     kvm_trials: tokio::sync::Mutex<Vec<KvmTrial>>,
     all: Mutex<BTreeMap<String, Arc<Vm>>>,
+    /// Names of VMs that are being started.
+    starting: Mutex<BTreeSet<String>>,
+}
+
+/// The name of a VM that is being started.
+struct Reserved<'a> {
+    vms: &'a Vms,
+    name: String,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        let mut starting = self.vms.starting.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        starting.remove(&self.name);
+    }
 }
 
 /// A VM as callers see it.
@@ -169,11 +186,26 @@ impl Vms {
             record,
             qmp: tokio::sync::Mutex::new(qmp),
             way: Mutex::new(way),
+            writing: tokio::sync::Mutex::default(),
             returns: Returns::default(),
             settling: Arc::default(),
         });
         self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(name, Arc::clone(&vm));
         vm
+    }
+
+    /// Whether this VM, and no other of its name, is one of this host.
+    pub(crate) fn has(&self, vm: &Vm) -> bool {
+        self.get(&vm.record.name).is_ok_and(|present| std::ptr::eq(&raw const *present, vm))
+    }
+
+    /// Keeps a name, and what comes with it, for a VM that is being started.
+    fn reserve(&self, name: &str) -> Result<Reserved<'_>, AgentError> {
+        let mut starting = self.starting.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if !starting.insert(name.to_owned()) {
+            return Err(AgentError::precheck(format!("a VM {name} is being started already")));
+        }
+        Ok(Reserved { vms: self, name: name.to_owned() })
     }
 
     fn remove(&self, name: &str) {
@@ -276,6 +308,7 @@ impl Agent {
     ) -> Result<Arc<Vm>, AgentError> {
         let incoming = from.is_some();
         let name = spec.name.clone();
+        let _reserved = self.vms.reserve(&name)?;
         if self.vms.get(&name).is_ok() {
             return Err(AgentError::precheck(format!("host {} has a VM {name} already", self.host())));
         }
@@ -342,7 +375,7 @@ impl Agent {
         match connected {
             Ok(qmp) => *vm.qmp.lock().await = Some(qmp),
             Err(error) => {
-                self.forget_vm(&name);
+                self.forget_vm(&vm).await;
                 let _ = process.kill();
                 return Err(AgentError::failed(format!("VM {name}: {error}")).hint(last_lines(&log)));
             }
@@ -360,11 +393,15 @@ impl Agent {
         Ok(vm)
     }
 
-    pub(crate) fn forget_vm(&self, name: &str) {
-        if let Err(error) = self.ledger.remove_vm(name) {
+    pub(crate) async fn forget_vm(&self, vm: &Vm) {
+        let _writing = vm.writing.lock().await;
+        if !self.vms.has(vm) {
+            return;
+        }
+        if let Err(error) = self.ledger.remove_vm(&vm.record.name) {
             tracing::warn!(%error, "the ledger keeps a VM that is gone");
         }
-        self.vms.remove(name);
+        self.vms.remove(&vm.record.name);
     }
 
     /// Ends a VM.
@@ -386,13 +423,17 @@ impl Agent {
         {
             process.kill().map_err(failed)?;
         }
-        self.forget_vm(name);
+        self.forget_vm(&vm).await;
         self.events.note("vm", None, Some(name), "ended");
         Ok(())
     }
 
     /// Changes where a VM is on its way, durably.
     async fn set_way(&self, vm: &Vm, change: impl FnOnce(&mut Way)) -> Result<(), AgentError> {
+        let _writing = vm.writing.lock().await;
+        if !self.vms.has(vm) {
+            return Err(AgentError::not_found(format!("VM {} has ended", vm.record.name)));
+        }
         let mut way = vm.way();
         change(&mut way);
         let Way { migrating, incoming } = way.clone();

@@ -308,8 +308,12 @@ impl Agent {
         let name = device.name();
         device.send(Command::Shutdown);
         let _ = device.stopped().await;
-        self.devices.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&name);
-        let _ = std::fs::remove_file(self.config.device_socket(&name));
+        let mut devices = self.devices.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        // It may have been started anew meanwhile.
+        if devices.get(&name).is_some_and(|present| std::ptr::eq(&raw const **present, device)) {
+            devices.remove(&name);
+            let _ = std::fs::remove_file(self.config.device_socket(&name));
+        }
     }
 
     /// Grows a device.

@@ -5,6 +5,7 @@ mod codes;
 mod configuration;
 mod files;
 mod link;
+mod vmm;
 
 use std::path::Path;
 

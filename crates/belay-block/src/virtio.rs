@@ -540,10 +540,20 @@ mod tests {
             read_only: false,
         };
         let space = config_space(&config);
-        assert_eq!(space[0..8], (1u64 << 21).to_le_bytes());
-        assert_eq!(space[20..24], 512u32.to_le_bytes());
-        assert_eq!(space[24], 3);
-        assert_eq!(space[34..36], 4u16.to_le_bytes());
-        assert_eq!(space[56], 1);
+        let word = |at: usize| u32::from_le_bytes([space[at], space[at + 1], space[at + 2], space[at + 3]]);
+        assert_eq!(space.len(), 60);
+        assert_eq!(space[0..8], (1u64 << 21).to_le_bytes(), "capacity");
+        assert_eq!(word(8), 0, "size_max is not offered");
+        assert_eq!(word(12), 126, "seg_max");
+        assert_eq!(word(20), 512, "blk_size");
+        assert_eq!(space[24..28], [3, 0, 1, 0], "physical_block_exp, alignment_offset, min_io_size");
+        assert_eq!(word(28), 0, "opt_io_size");
+        assert_eq!(space[34..36], 4u16.to_le_bytes(), "num_queues");
+        assert_eq!(word(36), 1 << 22, "max_discard_sectors");
+        assert_eq!(word(40), 1, "max_discard_seg");
+        assert_eq!(word(44), 1, "discard_sector_alignment");
+        assert_eq!(word(48), 1 << 22, "max_write_zeroes_sectors");
+        assert_eq!(word(52), 1, "max_write_zeroes_seg");
+        assert_eq!(space[56], 1, "write_zeroes_may_unmap");
     }
 }

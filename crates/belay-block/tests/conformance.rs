@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use belay_block::testing::Harness;
 use belay_block::{
-    Backend, BackendSpec, Buf, Delay, Driver, FaultRule, MemoryBackend, OpId, OpKind, OpenError, Status,
-    ThrottleSpec,
+    Backend, BackendSpec, Buf, Delay, Driver, FaultKind, FaultRule, MemoryBackend, OpId, OpKind, OpenError,
+    Status, ThrottleSpec,
 };
 use belay_reactor::OwnerId;
 
@@ -44,10 +44,40 @@ fn content(buf: &Buf) -> Vec<u8> {
     bytes
 }
 
+/// All of it. Two backends cannot keep all: `null` forgets what is written ([`forgetful_suite`]), and `fault` fails what
+/// its rules name (see [`failing_rule_fails_what_it_names_and_leaves_it_as_it_was`]).
 fn suite(make: &dyn Fn() -> Box<dyn Backend>) {
     behaves_like_an_array(make());
     completes_many_exactly_once(make());
     refuses_what_is_outside(make());
+}
+
+/// What holds for a backend that forgets what is written: everything but that a read finds what was written.
+fn forgetful_suite(make: &dyn Fn() -> Box<dyn Backend>) {
+    reads_as_zeroes_whatever_is_written(make());
+    completes_many_exactly_once(make());
+    refuses_what_is_outside(make());
+}
+
+fn reads_as_zeroes_whatever_is_written(backend: Box<dyn Backend>) {
+    let mut harness = Harness::new(backend).unwrap();
+    let mut random = Random(8);
+    for round in 0..200u32 {
+        let sectors = 1 + random.below(64);
+        let (offset, len) = (random.below(SIZE / 512 - sectors) * 512, sectors * 512);
+        let (kind, buf) = match random.below(5) {
+            0 => (OpKind::Write, buffer(&vec![0xee; len as usize], 3)),
+            1 => (OpKind::WriteZeroes { unmap: round % 2 == 0 }, Buf::default()),
+            2 => (OpKind::Discard, Buf::default()),
+            3 => (OpKind::Flush, Buf::default()),
+            _ => (OpKind::Read, buffer(&vec![0xee; len as usize], 512)),
+        };
+        let (offset, len) = if kind == OpKind::Flush { (0, 0) } else { (offset, len) };
+        assert_eq!(harness.one(kind, offset, len, buf.clone()).unwrap(), Status::Ok);
+        if kind == OpKind::Read {
+            assert!(content(&buf).iter().all(|byte| *byte == 0), "round {round}: {len} bytes at {offset}");
+        }
+    }
 }
 
 fn behaves_like_an_array(backend: Box<dyn Backend>) {
@@ -112,6 +142,63 @@ fn refuses_what_is_outside(backend: Box<dyn Backend>) {
 #[test]
 fn memory_keeps_the_contract() {
     suite(&|| Box::new(MemoryBackend::new(SIZE)));
+}
+
+#[test]
+fn null_keeps_the_contract_but_for_what_is_written() {
+    let spec = BackendSpec { driver: Driver::Null, ..in_memory() };
+    forgetful_suite(&|| spec.build(OWNER).unwrap());
+}
+
+/// A disk in memory, by its specification.
+fn in_memory() -> BackendSpec {
+    BackendSpec {
+        driver: Driver::Memory,
+        path: None,
+        size_bytes: Some(SIZE),
+        ..BackendSpec::file("x".into())
+    }
+}
+
+#[test]
+fn fault_whose_rule_does_not_fire_keeps_the_contract() {
+    let never = FaultRule { first: Some(0), ..FaultRule::all(5) };
+    let rarely = FaultRule { every: Some(1 << 40), kind: Some(FaultKind::Write), ..FaultRule::all(28) };
+    let spec = BackendSpec { fault: vec![never, rarely], ..in_memory() };
+    suite(&|| spec.build(OWNER).unwrap());
+}
+
+#[test]
+fn failing_rule_fails_what_it_names_and_leaves_it_as_it_was() {
+    let half = SIZE / 2;
+    let rule = FaultRule { offset: half, kind: Some(FaultKind::Write), ..FaultRule::all(28) };
+    let spec = BackendSpec { fault: vec![rule], ..in_memory() };
+    // What is the same for all backends is the same for this one.
+    completes_many_exactly_once(spec.build(OWNER).unwrap());
+    let mut harness = Harness::new(spec.build(OWNER).unwrap()).unwrap();
+    for (offset, len, status) in [
+        (0, 4096, Status::Ok),
+        (half - 4096, 4096, Status::Ok),
+        (half - 4096, 8192, Status::Failed { errno: 28 }),
+        (half, 512, Status::Failed { errno: 28 }),
+        (SIZE - 512, 512, Status::Failed { errno: 28 }),
+    ] {
+        let bytes = vec![7; len as usize];
+        assert_eq!(
+            harness.one(OpKind::Write, offset, len, buffer(&bytes, 0)).unwrap(),
+            status,
+            "at {offset}"
+        );
+    }
+    let buf = buffer(&[0xee; SIZE as usize], 0);
+    assert_eq!(harness.one(OpKind::Read, 0, SIZE, buf.clone()).unwrap(), Status::Ok);
+    let mut expected = vec![0; SIZE as usize];
+    expected[..4096].fill(7);
+    expected[half as usize - 4096..half as usize].fill(7);
+    assert!(content(&buf) == expected);
+    // Zeroes are no writes to a rule.
+    let zeroes = OpKind::WriteZeroes { unmap: true };
+    assert_eq!(harness.one(zeroes, half, 4096, Buf::default()).unwrap(), Status::Ok);
 }
 
 #[test]

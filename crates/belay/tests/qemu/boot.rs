@@ -212,3 +212,19 @@ fn vm_of_an_unprivileged_user_has_its_disk_again_after_a_restart_of_the_agent_an
         bed.b.belay(&["vm", "stop", "vm"]).map(drop)
     });
 }
+
+#[test]
+fn disk_that_grows_under_a_running_vm_keeps_its_size_where_the_vm_goes() {
+    with_bed(|bed| {
+        let guest = bed.a.run_boot_guest("vm", "20ms")?;
+        guest.goes_on(&bed.a, 2)?;
+        bed.a.belay(&["device", "resize", &guest.disk, "6M"])?;
+        guest.goes_on(&bed.a, 6)?;
+        migrate(&bed.a, &bed.b, &guest.vm, &[])?;
+        guest.goes_on(&bed.b, 6)?;
+        bed.b.wait_device(&guest.disk, "local")?;
+        ensure!(bed.b.device(&guest.disk)?["size_bytes"] == 6 << 20, "another size at the destination");
+        bed.b.belay(&["device", "resize", &guest.disk, "8M"])?;
+        guest.goes_on(&bed.b, 6).map(drop)
+    });
+}

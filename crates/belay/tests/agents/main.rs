@@ -5,6 +5,7 @@ mod full;
 mod links;
 mod moves;
 mod proxy;
+mod queues;
 mod random;
 mod zombies;
 

@@ -93,6 +93,13 @@ fn four_queues_with_requests_in_flight_move_and_outlive_a_killed_agent() {
 }
 
 #[test]
+fn eight_queues_with_requests_in_flight_move_there_and_back() {
+    // One queue for each CPU, more CPUs than this machine has.
+    let options = LinuxOptions { cpus: 8, delay: "50ms".into(), ..LinuxOptions::default() };
+    with_linux(options, |bed, guest| there_and_back(bed, guest, 1));
+}
+
+#[test]
 fn killed_agents_of_a_remote_linux_guest_lose_nothing_of_many_requests() {
     let options = LinuxOptions { cpus: 2, delay: "10ms".into(), ..LinuxOptions::default() };
     with_linux(options, |bed, guest| {

@@ -1,6 +1,6 @@
 //! As many queues as a disk can have.
 
-use anyhow::{Result, ensure};
+use anyhow::ensure;
 use belay_synthetic::Guest;
 
 use crate::{DEPTH, boot, bring, hand_over, is_local, reconnect, run_until, with_bed};

@@ -1,7 +1,8 @@
 //! A Linux guest: many requests at a time, several queues, a file system, a driver that comes and goes.
 
 use anyhow::{Result, bail, ensure};
-use belay_e2e::{Bed, Host, LinuxGuest, LinuxOptions, until};
+use belay_e2e::{Background, Bed, Host, LinuxGuest, LinuxOptions, Qmp, until};
+use rustix::process::Signal;
 use serde_json::json;
 
 use super::{in_flight, migrate, skip, with_bed};
@@ -89,6 +90,61 @@ fn four_queues_with_requests_in_flight_move_and_outlive_a_killed_agent() {
             guest.goes_on(50)?;
         }
         guest.verify()
+    });
+}
+
+/// Begins a migration and stops it before the switchover: the rings have stopped, and the guest's requests are on the
+/// list that the other host has. `end` ends the attempt. Tried again until enough requests were in flight just then.
+fn attempts(
+    bed: &Bed,
+    guest: &LinuxGuest,
+    code: i32,
+    end: impl Fn(&mut Qmp, &Background) -> Result<()>,
+) -> Result<()> {
+    let mut qmp = bed.a.qmp(&guest.vm)?;
+    let mut most = 0;
+    for _ in 0..TRIES {
+        bed.a.wait_in_flight(&guest.disk, 8)?;
+        qmp.pause_before_switchover(true)?;
+        let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name])?;
+        qmp.wait_pre_switchover()?;
+        bed.a.wait_device(&guest.disk, "parked")?;
+        most = most.max(bed.a.device(&guest.disk)?["in_flight"].as_u64().unwrap_or(0));
+        end(&mut qmp, &command)?;
+        let output = command.wait()?;
+        ensure!(output.status.code() == Some(code), "{output:?}");
+        bed.a.wait_device(&guest.disk, "local")?;
+        guest.goes_on(100)?;
+        guest.verify()?;
+        bed.b.wait_vm_gone(&guest.vm)?;
+        until("the destination having forgotten the device", || {
+            Ok(bed.b.json(&["device", "list"])?.as_array().is_some_and(Vec::is_empty).then_some(()))
+        })?;
+        if most >= 8 {
+            break;
+        }
+    }
+    ensure!(most >= 8, "only {most} requests were in flight before the switchovers");
+    // Nothing of the attempts stands in the way of the next migration.
+    qmp.pause_before_switchover(false)?;
+    drop(qmp);
+    there_and_back(bed, guest, 1)
+}
+
+#[test]
+fn many_requests_in_flight_stay_at_the_source_if_the_migration_is_aborted_before_the_switchover() {
+    let options = LinuxOptions { cpus: 2, delay: "200ms".into(), ..LinuxOptions::default() };
+    with_linux(options, |bed, guest| attempts(bed, guest, 4, |_, command| command.signal(Signal::INT)));
+}
+
+#[test]
+fn many_requests_in_flight_stay_at_the_source_if_the_destination_vmm_dies_before_the_switchover() {
+    let options = LinuxOptions { cpus: 2, delay: "200ms".into(), ..LinuxOptions::default() };
+    with_linux(options, |bed, guest| {
+        attempts(bed, guest, 1, |qmp, _| {
+            bed.b.kill_vm(&guest.vm)?;
+            qmp.continue_migration()
+        })
     });
 }
 

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use serde_json::Value;
 
+use crate::limit::go_on;
+
 /// One line of the probe.
 #[derive(Clone, Debug)]
 pub(crate) struct Line {
@@ -62,8 +64,9 @@ impl Console {
                 Err(error) if Instant::now() > deadline => {
                     bail!("no console at {}: {error}", socket.display())
                 }
-                Err(_) => std::thread::yield_now(),
+                Err(_) => go_on("the guest's console")?,
             }
+            std::thread::yield_now();
         };
         *self.writer.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(stream.try_clone()?);
         let heard = Arc::clone(&self.heard);
@@ -113,6 +116,7 @@ impl Console {
                 let last = self.since(from.min(self.len())).pop().map(|line| line.value);
                 bail!("the guest did not say {what} in {} s; its last line: {last:?}", within.as_secs());
             }
+            go_on(&format!("the guest saying {what}"))?;
             std::thread::sleep(Duration::from_millis(5));
         }
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use crate::limit::{self, CLEAN_UP};
 use crate::network::Network;
 
 /// How long an agent may take to be ready.
@@ -82,15 +83,28 @@ impl Hosts {
 impl Drop for Hosts {
     fn drop(&mut self) {
         for host in &mut self.all {
-            let _ = host.local(&["vm", "stop", self.vm]);
+            let _ = host.local_within(&["vm", "stop", self.vm], Some(CLEAN_UP));
         }
         for host in &mut self.all {
             if let Some(mut agent) = host.agent.take() {
                 let pid = rustix::process::Pid::from_child(&agent);
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-                let _ = agent.wait();
+                end(&mut agent);
             }
         }
+    }
+}
+
+/// Waits for an agent that has been told to end; one that does not is killed.
+fn end(agent: &mut Child) {
+    let deadline = Instant::now() + CLEAN_UP;
+    while matches!(agent.try_wait(), Ok(None)) {
+        if Instant::now() > deadline {
+            let _ = agent.kill();
+            let _ = agent.wait();
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -163,9 +177,14 @@ impl Host {
 
     /// Runs `belay` on this host and returns what it prints.
     pub(crate) fn local(&self, arguments: &[&str]) -> Result<String> {
+        self.local_within(arguments, limit::left())
+    }
+
+    fn local_within(&self, arguments: &[&str], within: Option<Duration>) -> Result<String> {
         let mut command = self.command();
         command.arg("--socket").arg(self.socket()).args(arguments);
-        let output = command.output().with_context(|| format!("cannot run belay {}", arguments.join(" ")))?;
+        let output = limit::output_within(&mut command, within)
+            .with_context(|| format!("belay {} on {}", arguments.join(" "), self.name))?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
         ensure!(
             output.status.success(),

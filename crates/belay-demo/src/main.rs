@@ -7,13 +7,13 @@ mod console;
 mod evacuation;
 mod figures;
 mod hosts;
+mod limit;
 mod network;
 mod page;
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 
 use crate::console::Console;
 use crate::hosts::{Host, Hosts};
+use crate::limit::go_on;
 use crate::network::Network;
 use crate::page::Phase;
 
@@ -39,8 +40,6 @@ const WATCH: Duration = Duration::from_secs(4);
 /// The guest holds its load when so much is left to copy, so that both images can be compared at the end: a third of a
 /// second at the copier's limit.
 const HOLD_BYTES: u64 = 16 << 20;
-
-static STOP: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
     // Configurations and specifications, which name the guest's files, are in other folders.
@@ -79,19 +78,15 @@ fn watch_signals() {
             _ = tokio::signal::ctrl_c() => {}
             _ = terminate.recv() => {}
         }
-        STOP.store(true, Ordering::SeqCst);
+        limit::interrupt();
     });
-}
-
-fn go_on() -> Result<()> {
-    if STOP.load(Ordering::SeqCst) { bail!("interrupted; everything is taken away") } else { Ok(()) }
 }
 
 /// Lets the guest work for a while.
 fn watch(how_long: Duration) -> Result<()> {
     let until = Instant::now() + how_long;
     while Instant::now() < until {
-        go_on()?;
+        go_on("the guest's work")?;
         std::thread::sleep(Duration::from_millis(50));
     }
     Ok(())
@@ -102,6 +97,7 @@ fn say(text: &str) {
 }
 
 fn demonstrate(belay: &Path, probe: &Path, guest: &Path, out: &Path) -> Result<()> {
+    limit::begin();
     std::fs::create_dir_all(out)?;
     // Sockets want short paths; what a killed demonstration left is not in the way.
     let sockets = tempfile::Builder::new().prefix("belay-").tempdir()?;
@@ -257,7 +253,7 @@ fn migrate(
     console.attach(&to.console(), Duration::from_secs(30))?;
     let mut phase = String::new();
     let operation = loop {
-        go_on()?;
+        go_on(&format!("the migration to {}, which is at {phase:?}", to.name))?;
         let view = from.json(&["operation", &id])?;
         match view["state"].as_str() {
             Some("running") => {
@@ -329,7 +325,7 @@ fn follow(to: &Host, console: &Console) -> Result<(Value, Instant)> {
     let mut held = None;
     let mut told = Instant::now();
     loop {
-        go_on()?;
+        go_on(&format!("the disk, which follows to {}", to.name))?;
         let device = to.json(&["device", "show", DISK])?;
         let exchange = &device["exchange"];
         let number = |key: &str| exchange[key].as_u64().unwrap_or(0);

@@ -7,8 +7,8 @@ use serde_json::Value;
 
 use super::{COPY_BYTES_PER_S, Moved, PATIENCE, Scene, VM, observed};
 use crate::console::Console;
-use crate::go_on;
 use crate::hosts::Hosts;
+use crate::limit::go_on;
 use crate::network::Network;
 
 const DISK: &str = "disk0";
@@ -46,7 +46,7 @@ pub(super) fn evacuate(scene: &Scene, console: &Console) -> Result<Value> {
         let id = operation["id"].as_str().unwrap_or_default().to_owned();
         console.attach(&b.console(), Duration::from_secs(30))?;
         let operation = loop {
-            go_on()?;
+            go_on("the migration")?;
             let view = a.json(&["operation", &id])?;
             match view["state"].as_str() {
                 Some("running") => std::thread::sleep(Duration::from_millis(10)),
@@ -56,7 +56,7 @@ pub(super) fn evacuate(scene: &Scene, console: &Console) -> Result<Value> {
         };
         let vm_left = began.elapsed();
         while b.json(&["device", "show", DISK])?["state"] != "local" {
-            go_on()?;
+            go_on("the disk")?;
             ensure!(began.elapsed() < PATIENCE, "the disk has not followed");
             std::thread::sleep(Duration::from_millis(20));
         }

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::{COPY_BYTES_PER_S, DISK_BYTES, Moved, PATIENCE, Scene, observed};
 use crate::console::Console;
-use crate::go_on;
+use crate::limit::go_on;
 
 /// How long QEMU may take for any one answer.
 const ANSWER: Duration = Duration::from_secs(20);
@@ -134,7 +134,7 @@ async fn leave(source: &Vm, target: &Vm, scene: &Scene, began: Instant) -> Resul
 
 async fn until_job(qmp: &Qmp, wanted: &str, began: Instant) -> Result<()> {
     loop {
-        go_on()?;
+        go_on("the mirror")?;
         let jobs = qmp.execute("query-jobs", json!({})).await?;
         let job = jobs.as_array().and_then(|jobs| jobs.iter().find(|job| job["id"] == "mirror").cloned());
         let job = job.context("the mirror is gone")?;
@@ -157,7 +157,7 @@ async fn migrate(here: &Qmp, there: &Qmp, scene: &Scene, began: Instant) -> Resu
     there.migrate_incoming(&uri).await?;
     here.migrate(&uri).await?;
     loop {
-        go_on()?;
+        go_on("the migration")?;
         let info = here.query_migrate().await?;
         match info.status.as_deref().unwrap_or_default() {
             "pre-switchover" => {

@@ -15,7 +15,8 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::console::Console;
-use crate::{figures, go_on, watch};
+use crate::limit::go_on;
+use crate::{figures, watch};
 
 /// The VM's name.
 pub(crate) const VM: &str = "leaver";
@@ -123,7 +124,7 @@ pub(crate) fn observed(console: &Console, go: impl FnOnce() -> Result<Moved>) ->
         |io: &Value, since: Instant| io["operations"].as_f64().unwrap_or(0.0) / since.elapsed().as_secs_f64();
     let mut before = figures::guest_io(&console.since(from));
     before["iops"] = json!(rate(&before, began).round());
-    go_on()?;
+    go_on("the guest")?;
     let (from, began) = (console.len(), Instant::now());
     let moved = go()?;
     let mut during = figures::guest_io(&console.since(from));

@@ -457,8 +457,12 @@ async fn operation(State(agent): Shared, Path(id): Path<String>) -> Answer<Opera
 async fn abort(State(agent): Shared, Path(id): Path<String>) -> Answer<Aborted> {
     let operation = agent.operations.get(&id)?;
     if !operation.ask_abort() {
-        let message = "too late: the devices are moving or have moved; it goes on".to_owned();
-        return Ok(Json(Aborted { aborted: false, message }));
+        let message = if operation.view().phase == crate::operation::RECOVER {
+            "the agent was restarted and finds out where the VM is: it is taken back, unless it was too late then"
+        } else {
+            "too late: the devices are moving or have moved; it goes on"
+        };
+        return Ok(Json(Aborted { aborted: false, message: message.to_owned() }));
     }
     let mut view = operation.view();
     while view.state == "running" {

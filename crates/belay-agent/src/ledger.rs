@@ -218,6 +218,12 @@ pub struct MigratingRecord {
     pub to: String,
     /// It ran when the migration began.
     pub ran: bool,
+    /// What becomes of its disks.
+    #[serde(default)]
+    pub mode: Mode,
+    /// The id that callers follow it by.
+    #[serde(default)]
+    pub operation: Option<u64>,
 }
 
 /// The version of records that this build writes.

@@ -278,7 +278,8 @@ impl Migration {
         let ran = qmp.query_status().await.map_err(|error| self.failed(&error))?.running;
         self.leaving.ran = ran;
         // First of all: an agent that finds one of the offers after a restart shall know what it is for.
-        let way = MigratingRecord { to: self.request.to.clone(), ran };
+        let (to, mode) = (self.request.to.clone(), self.request.mode);
+        let way = MigratingRecord { to, ran, mode, operation: self.operation.view().id.parse().ok() };
         self.leaving.agent.mark_migrating(&self.leaving.vm, Some(way)).await?;
         if ran {
             self.leave_together();

@@ -10,6 +10,9 @@ use tokio::sync::Notify;
 use crate::error::AgentError;
 use crate::view::ExchangeView;
 
+/// The phase of a migration that an earlier agent had begun.
+pub(crate) const RECOVER: &str = "recover";
+
 /// One check before the work.
 #[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Check {
@@ -90,7 +93,8 @@ pub struct OperationView {
     pub mode: String,
     /// `running`, `done`, `failed` or `cancelled`.
     pub state: String,
-    /// Where it is: `precheck`, `prepare`, `memory`, `switchover`, `finish`.
+    /// Where it is: `precheck`, `prepare`, `memory`, `switchover`, `finish`; `recover`: the agent was restarted, and
+    /// finds out where the VM is.
     pub phase: String,
     /// Whether it can still be taken back.
     pub abortable: bool,
@@ -149,11 +153,17 @@ impl Operation {
     }
 }
 
-/// All operations since the agent started.
-#[derive(Default)]
+/// All operations since the agent started, and those that the one before it has left.
 pub struct Operations {
     next: AtomicU64,
     all: Mutex<BTreeMap<u64, Arc<Operation>>>,
+}
+
+impl Default for Operations {
+    /// Ids begin anywhere: whoever asks for one of an earlier agent must not get another one's.
+    fn default() -> Self {
+        Self { next: AtomicU64::new(u64::from(rand::random::<u32>())), all: Mutex::default() }
+    }
 }
 
 impl Operations {
@@ -179,6 +189,20 @@ impl Operations {
 
     pub(crate) fn begin(&self, kind: &str, vm: &str, to: &str, mode: &str) -> Arc<Operation> {
         let number = self.next.fetch_add(1, Ordering::SeqCst) + 1;
+        self.insert(number, kind, vm, to, mode)
+    }
+
+    /// A migration that an earlier agent had begun, under the id that its callers know.
+    pub(crate) fn resume(&self, id: Option<u64>, vm: &str, to: &str, mode: &str) -> Arc<Operation> {
+        let operation = match id {
+            Some(id) => self.insert(id, "migrate", vm, to, mode),
+            None => self.begin("migrate", vm, to, mode),
+        };
+        operation.phase(RECOVER, false);
+        operation
+    }
+
+    fn insert(&self, number: u64, kind: &str, vm: &str, to: &str, mode: &str) -> Arc<Operation> {
         let view = OperationView {
             id: number.to_string(),
             kind: kind.to_owned(),
@@ -222,5 +246,34 @@ impl Operations {
             .ok()
             .and_then(|number: u64| all.get(&number).cloned())
             .ok_or_else(|| AgentError::not_found(format!("there is no operation {id}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(operation: &Operation) -> u64 {
+        operation.view().id.parse().unwrap()
+    }
+
+    /// They began at 1 with every agent: a caller that had waited for it followed the operation of another VM.
+    #[test]
+    fn ids_of_an_earlier_agent_are_not_given_again() {
+        let (earlier, later) = (Operations::default(), Operations::default());
+        let known = id(&earlier.begin("migrate", "vm1", "host-b", "follow"));
+        let next = id(&later.begin("migrate", "vm2", "host-b", "follow"));
+        assert_ne!(known, next);
+        later.get(&known.to_string()).err().expect("one of an earlier agent");
+        assert_eq!(id(&later.begin("check", "vm2", "host-b", "stay")), next + 1);
+    }
+
+    #[test]
+    fn migration_that_an_earlier_agent_had_begun_keeps_its_id_and_cannot_be_taken_back() {
+        let operations = Operations::default();
+        let resumed = operations.resume(Some(7), "vm1", "host-b", "follow");
+        assert_eq!(id(&resumed), 7);
+        assert!(!resumed.ask_abort());
+        assert_eq!(operations.running("vm1").map(|running| id(&running)), Some(7));
     }
 }

@@ -36,7 +36,7 @@ impl Agent {
     pub(crate) fn reopen_departures(&self) -> Result<(), AgentError> {
         let devices = self.ledger.devices()?;
         for vm in self.ledger.vms()? {
-            let Some(MigratingRecord { to, ran: true }) = vm.migrating else { continue };
+            let Some(MigratingRecord { to, ran: true, .. }) = vm.migrating else { continue };
             let own: Vec<DeviceId> = devices
                 .iter()
                 .filter(|device| {
@@ -82,6 +82,19 @@ impl Agent {
 
     async fn settle(self: Arc<Self>, vm: Arc<Vm>, way: MigratingRecord, _settling: OwnedMutexGuard<()>) {
         let name = vm.record.name.clone();
+        let operation = self.operations.running(&name);
+        let ended = |state: &str, error: Option<AgentError>| {
+            let Some(operation) = &operation else { return };
+            operation.update(|view| {
+                view.state = state.to_owned();
+                view.error = error;
+            });
+        };
+        let taken_back = |what: &str| {
+            let error =
+                AgentError::failed(format!("the agent was restarted during the migration of {name}: {what}"));
+            ended("failed", Some(error));
+        };
         let note = |message: String| self.events.note("migration", None, Some(&name), message);
         note(format!("was on its way to {} when the agent ended", way.to));
         let devices = self.devices_of(&vm);
@@ -97,6 +110,7 @@ impl Agent {
         if leaving.is_committed().await {
             note(format!("runs at {}: its devices had been granted", way.to));
             leaving.finish().await;
+            ended("done", None);
             return;
         }
         // QEMU starts the rings of a disk only if it is connected.
@@ -107,21 +121,25 @@ impl Agent {
         {
             note(format!("runs at {}", way.to));
             leaving.finish().await;
+            ended("done", None);
             return;
         }
         if !leaving.end().await {
             note(format!("runs at {}", way.to));
+            ended("done", None);
             return;
         }
         if !vm.is_alive() {
             note("its process has ended; its devices stay here".to_owned());
             self.forget_vm(&vm).await;
+            taken_back("its process has ended; its devices stay here");
             return;
         }
         if let Err(error) = self.start_disks_of(&vm).await {
             note(error.message);
         }
         note("is off: the VM goes on here".to_owned());
+        taken_back("it is off, the VM goes on here");
     }
 
     /// Those of a VM's devices that are here.

@@ -229,6 +229,9 @@ impl Agent {
                 .clone()
                 .and_then(|p| serde_json::from_value::<ProcessId>(p).ok())
                 .is_none_or(ProcessId::is_alive);
+            if let Some(way) = &record.migrating {
+                self.operations.resume(way.operation, &record.name, &way.to, way.mode.name());
+            }
             if alive || record.migrating.is_some() {
                 self.vms.insert(record, None);
             } else {

@@ -91,6 +91,11 @@ impl Failure {
         Self { agent_absent: true, ..Self::failed(message) }
     }
 
+    /// The agent knows of no such thing.
+    pub(crate) fn is_not_found(&self) -> bool {
+        self.body.as_ref().is_some_and(|body| body["code"] == "not_found")
+    }
+
     /// What the agent answered with an HTTP status that is no success.
     pub(crate) fn of_answer(status: u16, body: &[u8]) -> Self {
         let value: Option<Value> = serde_json::from_slice(body).ok();

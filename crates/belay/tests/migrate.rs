@@ -107,6 +107,11 @@ async fn dry_run_shows_all_checks_and_ends_with_3_if_one_failed() {
     }
 }
 
+fn interrupt(child: &tokio::process::Child) {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+}
+
 /// Follows a migration without end, presses Ctrl-C once it is being followed, and answers the abort.
 async fn interrupted(answer: Value) -> std::process::Output {
     let followed = Arc::new(Notify::new());
@@ -122,8 +127,7 @@ async fn interrupted(answer: Value) -> std::process::Output {
     let server = Server::start(routes);
     let child = spawn(&server.socket(), "migrate web host-b");
     followed.notified().await;
-    let pid = rustix::process::Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap()).unwrap();
-    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    interrupt(&child);
     child.wait_with_output().await.unwrap()
 }
 
@@ -140,4 +144,69 @@ async fn ctrl_c_too_late_tells_that_it_goes_on() {
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     assert!(stdout(&output).starts_with("web runs on host-b already\n"));
     assert!(stdout(&output).contains("belay operation op1"));
+}
+
+/// Presses Ctrl-C until the command ends: the first one's answer never comes.
+#[tokio::test]
+async fn second_ctrl_c_ends_the_command_while_the_abort_is_pending() {
+    let (followed, asked) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let (notify, notify_asked) = (followed.clone(), asked.clone());
+    let running = move || async move {
+        notify.notify_one();
+        Json(operation("running", "memory"))
+    };
+    let never = move || async move {
+        notify_asked.notify_one();
+        std::future::pending::<Json<Value>>().await
+    };
+    let routes = Router::new()
+        .route("/v1/vms/web/migrate", post(|| async { Json(operation("running", "memory")) }))
+        .route("/v1/operations/op1", get(running))
+        .route("/v1/operations/op1/abort", post(never));
+    let server = Server::start(routes);
+    let child = spawn(&server.socket(), "migrate web host-b");
+    followed.notified().await;
+    interrupt(&child);
+    asked.notified().await;
+    interrupt(&child);
+    let output = child.wait_with_output().await.unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    for word in ["is being taken back", "in the background", "belay operation op1"] {
+        assert!(stderr(&output).contains(word), "{}", stderr(&output));
+    }
+}
+
+/// An agent that answers the first question, and was restarted before the second.
+async fn restarted(first: Value, vms: Value) -> std::process::Output {
+    let gone = || async {
+        let error = json!({"code": "not_found", "message": "there is no operation op1"});
+        (axum::http::StatusCode::NOT_FOUND, Json(error))
+    };
+    let status =
+        json!({"host": "host-a", "version": "1", "devices": [], "vms": vms, "hosts": [], "operations": []});
+    let routes = Router::new()
+        .route("/v1/vms/web/migrate", post(|| async { Json(first) }))
+        .route("/v1/operations/op1", get(gone))
+        .route("/v1/status", get(|| async { Json(status) }));
+    Server::start(routes).belay("migrate web host-b").await
+}
+
+#[tokio::test]
+async fn restarted_agent_that_does_not_know_the_operation_is_asked_where_the_vm_is() {
+    let here = json!([{"name": "web", "state": "running", "pid": 1, "qmp": "", "devices": []}]);
+    for (vms, what) in [(here, "VM web is here, running"), (json!([]), "VM web is not here any more")] {
+        let output = restarted(operation("running", "memory"), vms).await;
+        assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+        assert!(stderr(&output).contains("the agent was restarted meanwhile"), "{}", stderr(&output));
+        assert!(stderr(&output).contains(what), "{}", stderr(&output));
+    }
+}
+
+#[tokio::test]
+async fn migration_that_was_done_before_the_agent_was_restarted_is_a_success() {
+    let done = with(operation("done", "exchange"), "devices", exchanged(40));
+    let output = restarted(done, json!([])).await;
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(stdout(&output).starts_with("web runs on host-b\n"), "{}", stdout(&output));
+    assert!(stderr(&output).contains("the agent was restarted meanwhile"), "{}", stderr(&output));
 }

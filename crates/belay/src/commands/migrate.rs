@@ -10,7 +10,7 @@ use super::Context;
 use crate::args::MigrateArgs;
 use crate::client::{segment, understood};
 use crate::error::{Failure, Outcome};
-use crate::model::{Operation, OperationState, Report};
+use crate::model::{Operation, OperationState, Report, Status};
 use crate::output;
 use crate::progress::Progress;
 use crate::units::{percent, size};
@@ -31,7 +31,10 @@ pub(super) async fn run(context: &Context, args: MigrateArgs) -> Result<(), Fail
     let (value, interrupted) = tokio::select! {
         value = &mut asked => (value?, false),
         // While it is checked there is no operation yet that could be taken back: that comes right after.
-        _ = interrupts.recv() => (asked.await?, true),
+        _ = interrupts.recv() => tokio::select! {
+            value = &mut asked => (value?, true),
+            _ = interrupts.recv() => return Err(not_awaited("it is not known yet whether it begins", "belay status")),
+        },
     };
     let operation: Operation = understood(value.clone())?;
     if args.dry_run {
@@ -42,7 +45,7 @@ pub(super) async fn run(context: &Context, args: MigrateArgs) -> Result<(), Fail
         return tell(context, &value, &text);
     }
     if interrupted && operation.state == OperationState::Running {
-        return abort(context, &operation.id).await;
+        return abort(context, &operation.id, &mut interrupts).await;
     }
     follow(context, value, interrupts).await
 }
@@ -95,7 +98,7 @@ async fn follow(context: &Context, first: Value, mut interrupts: Signal) -> Resu
             () = tokio::time::sleep(POLL_INTERVAL) => {}
             _ = interrupts.recv() => {
                 progress.finish();
-                return abort(context, &operation.id).await;
+                return abort(context, &operation.id, &mut interrupts).await;
             }
         }
         match context.client.get(&path(&operation.id)).await {
@@ -103,10 +106,50 @@ async fn follow(context: &Context, first: Value, mut interrupts: Signal) -> Resu
             Err(failure) if failure.agent_absent && silent < MAX_SILENT_POLLS => silent += 1,
             Err(failure) => {
                 progress.finish();
-                return Err(failure);
+                return match failure.is_not_found() {
+                    true => restarted(context, &value, operation).await,
+                    false => Err(failure.hint(format!(
+                        "when the agent is back, `belay operation {}` tells how it went",
+                        operation.id
+                    ))),
+                };
             }
         }
     }
+}
+
+/// The agent answers, and does not know the operation: it is another one than that which began it, and found nothing
+/// that was not over. Says what is known.
+async fn restarted(context: &Context, value: &Value, operation: Operation) -> Result<(), Failure> {
+    if operation.state == OperationState::Done {
+        eprintln!(
+            "the agent was restarted meanwhile; `belay status` at the destination shows how far its disks are"
+        );
+        return ended(context, value, operation);
+    }
+    let vm = operation.vm.as_deref().unwrap_or("the machine");
+    let to = operation.to.as_deref().unwrap_or("the destination");
+    let status: Status = understood(context.client.get("/v1/status").await?)?;
+    let here = status.vms.iter().find(|known| known.name == vm);
+    let (what, hint) = match here {
+        Some(known) => (
+            format!("VM {vm} is here, {}", known.state),
+            "`belay events` tells more; the same command tries again".to_owned(),
+        ),
+        None => (
+            format!("VM {vm} is not here any more"),
+            format!("`belay status` at {to} shows whether it runs there"),
+        ),
+    };
+    let message =
+        format!("the agent was restarted meanwhile and does not know operation {}; {what}", operation.id);
+    Err(Failure::failed(output::plain(&message)).hint(output::plain(&hint)))
+}
+
+/// A second Ctrl-C: nobody waits for the answer any more.
+fn not_awaited(known: &str, how_to_see: &str) -> Failure {
+    Failure::failed(format!("not waited for any more: {known}; it goes on in the background"))
+        .hint(format!("`{how_to_see}` tells how it goes, and `belay events --follow` what happens"))
 }
 
 /// Nothing is to be expected any more: it has ended, and no data is on its way.
@@ -154,8 +197,15 @@ fn failure(operation: Operation, state: OperationState) -> Failure {
     }
 }
 
-async fn abort(context: &Context, id: &str) -> Result<(), Failure> {
-    let answer = context.client.post(&format!("{}/abort", path(id)), &json!({})).await?;
+async fn abort(context: &Context, id: &str, interrupts: &mut Signal) -> Result<(), Failure> {
+    let (at, nothing) = (format!("{}/abort", path(id)), json!({}));
+    let answer = tokio::select! {
+        answer = context.client.post(&at, &nothing) => answer?,
+        _ = interrupts.recv() => {
+            let known = "the migration is being taken back, unless it is too late for that";
+            return Err(not_awaited(known, &format!("belay operation {id}")));
+        }
+    };
     let message = answer.get("message").and_then(Value::as_str).unwrap_or_default();
     if answer.get("aborted").and_then(Value::as_bool) == Some(true) {
         let message = if message.is_empty() { "the migration was cancelled" } else { message };

@@ -163,13 +163,19 @@ fn agent_killed_while_migrating(bed: &mut Bed, source: bool, moment: Moment) -> 
         [Ok(a), Ok(b)] => (a.written + a.read, b.written + b.read),
         [a, b] => return a.and(b).map(drop),
     };
-    drop(command.wait()?);
+    let said = command.wait()?;
     let at_a = until("the guest going on", || {
         let (a, b) = (guest.counts(&bed.a)?, guest.counts(&bed.b)?);
         let (a, b) = (a.written + a.read, b.written + b.read);
         Ok((a >= before_a + 20 || b >= before_b + 20).then_some(a >= before_a + 20))
     })?;
     drop(qmp);
+    if source {
+        // The command has followed it to its end, over the restart, and says where the VM is.
+        anyhow::ensure!(said.status.success() != at_a, "at host-a: {at_a}, {said:?}");
+        let text = String::from_utf8_lossy(&said.stderr);
+        anyhow::ensure!(!at_a || text.contains("the agent was restarted during the migration"), "{said:?}");
+    }
     let (from, to) = if at_a { (&bed.a, &bed.b) } else { (&bed.b, &bed.a) };
     from.wait_device(&guest.disk, "local")?;
     until("the other host having let go", || Ok(to.vm_pid(&guest.vm).is_none().then_some(())))?;

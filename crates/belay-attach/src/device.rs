@@ -363,6 +363,7 @@ impl Device {
             Command::CutAborted => self.cut_aborted(),
             Command::Retire => self.retire(),
             Command::Resize(size) => self.resize(size),
+            Command::SetSize(size) => self.set_size(size),
             Command::Shutdown => self.stop = true,
         }
     }

@@ -157,8 +157,10 @@ pub enum Command {
     CutAborted,
     /// The device's backing has left this host: refuse everything, let the backend go.
     Retire,
-    /// The backend shall grow to so many bytes, and the guest be told.
+    /// The backend shall grow to so many bytes. The guest does not know yet.
     Resize(u64),
+    /// The device has so many bytes from now on, and the guest is told: its backend has them, and the ledger says so.
+    SetSize(u64),
     /// Stop, leaving everything such that a restarted agent finds it.
     Shutdown,
 }
@@ -287,7 +289,7 @@ pub enum Notice {
     ExchangeDone,
     /// The backend was let go.
     Retired,
-    /// A resize has been done, or failed.
+    /// The backend has grown, or could not.
     Resized(Result<u64, String>),
     /// The thread has stopped; with the reason if it is a failure.
     Stopped(Option<String>),

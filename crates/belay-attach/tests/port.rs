@@ -202,6 +202,37 @@ fn file_of_a_device_that_has_left_is_free_when_that_is_told() {
     }
 }
 
+/// Reads the block behind what was the end of the disk. Its status: 0 done, 1 error.
+fn read_behind(guest: &mut Guest) -> u8 {
+    let at = guest.scratch() as u64;
+    let mut header = [0; 16];
+    header[8..].copy_from_slice(&(SIZE / 512).to_le_bytes());
+    guest.poke(at as usize, &header);
+    guest.poke(at as usize + 0x100, &[0xff]);
+    guest.offer_raw(0, &[(at, 16, NEXT), (at + 0x1000, 4096, NEXT | WRITE), (at + 0x100, 1, WRITE)]);
+    guest.wait_raw(1);
+    guest.raw.clear();
+    guest.peek(at as usize + 0x100)
+}
+
+/// In between the size is written to the ledger: an agent that dies there starts the device with the old one.
+#[test]
+fn device_whose_backend_has_grown_has_its_size_until_it_is_set() {
+    let net = Net::new();
+    let (_, mut host, mut guest) = start(&net, 1, 0, 6);
+    host.handle.send(Command::Resize(2 * SIZE));
+    support::until(|| {
+        host.pump();
+        host.has_seen("Resized(Ok")
+    });
+    assert_eq!(std::fs::metadata(net.path("a.img")).unwrap().len(), 2 * SIZE);
+    assert_eq!(read_behind(&mut guest), 1);
+    host.handle.send(Command::SetSize(2 * SIZE));
+    support::until(|| read_behind(&mut guest) == 0);
+    guest.run(50, 8);
+    guest.verify();
+}
+
 /// A request's length that is no number of whole parts, and where its data is.
 const LONG: usize = (5 << 20) + 1536;
 const FROM: u64 = 16 << 20;

@@ -316,12 +316,16 @@ impl Agent {
         }
     }
 
-    /// Grows a device.
+    /// Grows a device: its backend first, then the record, then the guest's view. An agent that dies in between leaves
+    /// a device that is smaller than its file, never a guest that knows of more than is there; the same call again
+    /// goes on.
     ///
     /// # Errors
     /// It is not local, or its backend cannot grow.
     pub async fn resize_device(&self, name: &str, size_bytes: u64) -> Result<(), AgentError> {
         let device = self.device(name)?;
+        // What an offer says of the device must be so when it arrives.
+        let _moving = device.moving.lock().await;
         if !matches!(device.role(), RoleRecord::Local { .. }) {
             return Err(AgentError::precheck(format!(
                 "device {name} can be resized only while guest and backing are on the same host"
@@ -331,6 +335,8 @@ impl Agent {
         device.usable()?;
         let belay_wire::device::DeviceClass::Block(geometry) = device.identity().class;
         if size_bytes == geometry.size_bytes {
+            // A VMM that was connected when an earlier agent died in between may not know.
+            device.send(Command::SetSize(size_bytes));
             return Ok(());
         }
         if size_bytes < geometry.size_bytes {
@@ -364,6 +370,7 @@ impl Agent {
         }
         self.write_record(record.clone()).await?;
         device.set_record(record);
+        device.send(Command::SetSize(size_bytes));
         self.events.note("device", Some(name), None, format!("has {size_bytes} bytes now"));
         Ok(())
     }
@@ -404,5 +411,56 @@ pub(crate) async fn open_when_free(
                 return Ok(backend);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::{Mode, OfferRecord};
+    use crate::testing::{agent, memory, record};
+
+    /// The offer carried the old size, and the guest came to a disk that ended early.
+    #[tokio::test]
+    async fn resize_waits_for_an_offer_that_is_being_made_and_is_refused_then() {
+        let (_folder, agent) = agent();
+        let record = record("disk0", Epoch(1), RoleRecord::Local { backend: memory() });
+        let device = agent.start_device(record).await.unwrap();
+        let offering = device.moving.lock().await;
+        let resized = tokio::spawn({
+            let agent = Arc::clone(&agent);
+            async move { agent.resize_device("disk0", 2 << 20).await }
+        });
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+        let offer = OfferRecord { to: "host-x".into(), mode: Mode::Stay };
+        device.set_record(DeviceRecord { offered: Some(offer), ..device.record() });
+        drop(offering);
+        let error = resized.await.unwrap().unwrap_err();
+        assert!(error.message.contains("offered to host-x"), "{error}");
+        let belay_wire::device::DeviceClass::Block(geometry) = device.identity().class;
+        assert_eq!(geometry.size_bytes, 1 << 20);
+    }
+
+    /// As an agent leaves it that dies when the file has grown and the record has not.
+    #[tokio::test]
+    async fn file_that_is_larger_than_its_record_is_served_and_the_resize_can_be_repeated() {
+        let (folder, agent) = agent();
+        let path = folder.path().join("disk0.img");
+        std::fs::File::create(&path).unwrap().set_len(2 << 20).unwrap();
+        let mut backend = BackendSpec::file(path.clone());
+        backend.direct = false;
+        let device =
+            agent.start_device(record("disk0", Epoch(1), RoleRecord::Local { backend })).await.unwrap();
+        assert_eq!(device.trouble(), None);
+        let size = || {
+            let belay_wire::device::DeviceClass::Block(geometry) = device.identity().class;
+            geometry.size_bytes
+        };
+        assert_eq!(size(), 1 << 20);
+        agent.resize_device("disk0", 2 << 20).await.unwrap();
+        assert_eq!(size(), 2 << 20);
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 2 << 20);
     }
 }

@@ -49,17 +49,18 @@ impl Device {
             Some(local) => local.resize(size).map_err(|error| error.to_string()),
             None => Err("the device's backing is not on this host".to_owned()),
         };
-        if result.is_ok() {
-            self.block.set_size(size);
-            self.limits = Limits::of(&self.block);
-            let config = belay_block::virtio::config_space(&self.block);
-            if let Some(connection) = &mut self.port.connection
-                && let Err(error) = connection.set_config(config)
-            {
-                tracing::warn!(device = %self.identity.name, %error, "the VMM could not be told of the new size");
-            }
-        }
         self.notice(Notice::Resized(result.map(|()| size)));
+    }
+
+    pub(super) fn set_size(&mut self, size: u64) {
+        self.block.set_size(size);
+        self.limits = Limits::of(&self.block);
+        let config = belay_block::virtio::config_space(&self.block);
+        if let Some(connection) = &mut self.port.connection
+            && let Err(error) = connection.set_config(config)
+        {
+            tracing::warn!(device = %self.identity.name, %error, "the VMM could not be told of the new size");
+        }
     }
 
     /// Ends what has not begun, and waits for what has: the file's lock is free for the next thread then.

@@ -417,15 +417,17 @@ async fn vms(State(agent): Shared) -> Json<Vec<VmView>> {
 }
 
 #[derive(Serialize, ToSchema)]
-struct Named {
+struct Started {
     name: String,
+    /// It ran before, with this specification.
+    already: bool,
 }
 
-#[utoipa::path(post, path = "/v1/vms", request_body = RunVm, responses((status = 200, body = Named)))]
-async fn run_vm(State(agent): Shared, bytes: Bytes) -> Answer<Named> {
+#[utoipa::path(post, path = "/v1/vms", request_body = RunVm, responses((status = 200, body = Started)))]
+async fn run_vm(State(agent): Shared, bytes: Bytes) -> Answer<Started> {
     let request: RunVm = body(&bytes)?;
-    let vm = agent.run_vm(&request.spec_toml, request.folder.as_deref()).await?;
-    Ok(Json(Named { name: vm.record.name.clone() }))
+    let (vm, started) = agent.run_vm(&request.spec_toml, request.folder.as_deref()).await?;
+    Ok(Json(Started { name: vm.record.name.clone(), already: !started }))
 }
 
 #[utoipa::path(post, path = "/v1/vms/adopt", request_body = AdoptVm, responses((status = 200, body = AdoptedView)))]

@@ -50,6 +50,8 @@ pub struct Vms {
     all: Mutex<BTreeMap<String, Arc<Vm>>>,
     /// Names of VMs that are being started.
     starting: Mutex<BTreeSet<String>>,
+    /// Names of those that have ended here, until there is one of that name again. One that has left has not ended.
+    ended: Mutex<BTreeSet<String>>,
 }
 
 /// The name of a VM that is being started.
@@ -179,8 +181,22 @@ impl Vms {
         self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).values().cloned().collect()
     }
 
+    fn has_ended(&self, name: &str) -> bool {
+        self.ended.lock().unwrap_or_else(std::sync::PoisonError::into_inner).contains(name)
+    }
+
+    fn set_ended(&self, name: &str, ended: bool) {
+        let mut all = self.ended.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if ended {
+            all.insert(name.to_owned());
+        } else {
+            all.remove(name);
+        }
+    }
+
     pub(crate) fn insert(&self, record: VmRecord, qmp: Option<Qmp>) -> Arc<Vm> {
         let name = record.name.clone();
+        self.set_ended(&name, false);
         let way = Way { migrating: record.migrating.clone(), incoming: record.incoming.clone() };
         let vm = Arc::new(Vm {
             record,
@@ -236,6 +252,7 @@ impl Agent {
                 self.vms.insert(record, None);
             } else {
                 self.events.note("vm", None, Some(&record.name), "ended while the agent was away");
+                self.vms.set_ended(&record.name, true);
                 self.ledger.remove_vm(&record.name)?;
             }
         }
@@ -255,11 +272,12 @@ impl Agent {
         self.config.runtime_dir.join("vms").join(format!("{name}.qmp"))
     }
 
-    /// Starts a VM from the text of its specification, whose relative paths start at `folder`.
+    /// Starts a VM from the text of its specification, whose relative paths start at `folder`. `false`: it runs already,
+    /// with this specification.
     ///
     /// # Errors
-    /// The specification is wrong, a disk is missing, or QEMU does not start.
-    pub async fn run_vm(&self, text: &str, folder: Option<&Path>) -> Result<Arc<Vm>, AgentError> {
+    /// The specification is wrong, or not that of the VM of this name; a disk is missing, or QEMU does not start.
+    pub async fn run_vm(&self, text: &str, folder: Option<&Path>) -> Result<(Arc<Vm>, bool), AgentError> {
         let mut spec = VmSpec::from_toml(text).map_err(|error| AgentError::usage(error.to_string()))?;
         if let Some(folder) = folder {
             spec.start_paths_at(folder);
@@ -267,12 +285,16 @@ impl Agent {
         let qemu =
             Qemu::find(spec.qemu.as_deref().or(self.config.vmm.qemu.as_deref())).await.map_err(failed)?;
         spec.resolve_machine(&qemu.machines().await.map_err(failed)?).map_err(failed)?;
+        if let Ok(vm) = self.vms.get(&spec.name) {
+            runs_like_this(&vm, spec)?;
+            return Ok((vm, false));
+        }
         // Chosen once: a guest does not change its accelerator on the way.
         spec.accel = match self.choose_accel(&qemu, spec.accel, spec.kernel.as_deref()).await? {
             Accel::Kvm => AccelChoice::Kvm,
             Accel::Tcg => AccelChoice::Tcg,
         };
-        self.start_vm(spec, &qemu, None).await
+        self.start_vm(spec, &qemu, None).await.map(|vm| (vm, true))
     }
 
     /// The accelerator for a VM here. Whether KVM works is tried once for each QEMU and kernel: the trial takes
@@ -410,9 +432,12 @@ impl Agent {
     /// Ends a VM.
     ///
     /// # Errors
-    /// There is none, or it does not end.
+    /// There is none, and none has ended here since the agent started; or it does not end.
     pub async fn stop_vm(&self, name: &str) -> Result<(), AgentError> {
-        let vm = self.vms.get(name)?;
+        let vm = match self.vms.get(name) {
+            Err(_) if self.vms.has_ended(name) => return Ok(()),
+            vm => vm?,
+        };
         self.expected_memory.forget(name);
         // One that has ended does not answer: that would be waited for.
         if vm.is_alive()
@@ -427,6 +452,7 @@ impl Agent {
             process.kill().map_err(failed)?;
         }
         self.forget_vm(&vm).await;
+        self.vms.set_ended(name, true);
         self.events.note("vm", None, Some(name), "ended");
         Ok(())
     }
@@ -460,6 +486,36 @@ impl Agent {
     ) -> Result<(), AgentError> {
         self.set_way(vm, |way| way.migrating = migrating).await
     }
+}
+
+/// Whether a VM runs that was started from this specification, whose machine type is resolved.
+fn runs_like_this(vm: &Vm, mut wanted: VmSpec) -> Result<(), AgentError> {
+    let name = &vm.record.name;
+    if !vm.is_alive() {
+        return Err(AgentError::precheck(format!("VM {name} is here, and its QEMU has ended"))
+            .hint(format!("`belay vm stop {name}`, then run it again")));
+    }
+    if let Some(from) = vm.incoming() {
+        return Err(AgentError::precheck(format!("VM {name} is on its way here, from {from}")));
+    }
+    let present = vm.spec()?;
+    if wanted.accel == AccelChoice::Auto {
+        wanted.accel = present.accel;
+    }
+    let keys = differences(&present, &wanted).map_err(failed)?;
+    if keys.is_empty() {
+        return Ok(());
+    }
+    let message = format!("VM {name} runs already, with another specification: {} differ", keys.join(", "));
+    Err(AgentError::precheck(message).hint(format!("`belay vm stop {name}` ends it; or choose another name")))
+}
+
+/// The keys in which two specifications differ.
+fn differences(one: &VmSpec, other: &VmSpec) -> Result<Vec<String>, serde_json::Error> {
+    let (one, other) = (serde_json::to_value(one)?, serde_json::to_value(other)?);
+    let keys: BTreeSet<&String> =
+        one.as_object().into_iter().chain(other.as_object()).flat_map(serde_json::Map::keys).collect();
+    Ok(keys.into_iter().filter(|key| one.get(key) != other.get(key)).cloned().collect())
 }
 
 fn last_lines(log: &Path) -> String {

@@ -2,20 +2,20 @@
 
 use std::path::Path;
 
-use belay_link::{HostName, Identity, KnownHost};
+use belay_link::{Authority, HostName, Identity, KnownHost, PkiError};
 use serde_json::{Value, json};
 
 use super::Context;
 use crate::args::HostCommand;
-use crate::error::Failure;
+use crate::error::{Failure, Outcome};
 use crate::output::{self, Table};
 
 pub(super) async fn run(context: &Context, command: HostCommand) -> Result<(), Failure> {
     let (value, text) = match command {
         HostCommand::Init { name, pki } => {
-            let identity = belay_link::init(&pki.directory, &HostName::new(&name)?)?;
+            let (identity, made) = init(&pki.directory, &HostName::new(&name)?)?;
             let text = format!(
-                "cluster {} made; {}\nnext: start `belay agent`, and let other hosts join with `belay host invite`",
+                "cluster {} {made}; {}\nnext: start `belay agent`, and let other hosts join with `belay host invite`",
                 identity.cluster(),
                 described(&identity)
             );
@@ -58,6 +58,27 @@ pub(super) async fn run(context: &Context, command: HostCommand) -> Result<(), F
         }
     };
     if context.json { output::print_json(&value) } else { output::print(&text) }
+}
+
+/// Makes a cluster. The same again changes nothing, and says that it is there.
+fn init(directory: &Path, name: &HostName) -> Result<(Identity, &'static str), Failure> {
+    let refused = match belay_link::init(directory, name) {
+        Ok(identity) => return Ok((identity, "made")),
+        Err(error @ PkiError::AlreadyEnrolled { .. }) => error,
+        Err(error) => return Err(error.into()),
+    };
+    match Identity::load(directory) {
+        // One that has only joined a cluster has made none.
+        Ok(identity) if identity.host() == name && Authority::open(directory).is_ok() => {
+            Ok((identity, "is there already"))
+        }
+        Ok(identity) => Err(Failure::new(Outcome::Precheck, refused.to_string()).hint(format!(
+            "this host is {} of cluster {}",
+            identity.host(),
+            identity.cluster()
+        ))),
+        Err(_) => Err(refused.into()),
+    }
 }
 
 fn described(identity: &Identity) -> String {

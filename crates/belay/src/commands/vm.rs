@@ -19,7 +19,8 @@ pub(super) async fn run(context: &Context, command: VmCommand) -> Result<(), Fai
             let folder = absolute(&spec)?.parent().map(std::path::Path::to_owned);
             let started = client.post("/v1/vms", &json!({"spec_toml": text, "folder": folder})).await?;
             let name = started.get("name").and_then(Value::as_str).unwrap_or_default();
-            let message = format!("vm {name} started");
+            let already = started.get("already") == Some(&Value::Bool(true));
+            let message = format!("vm {name} {}", if already { "runs already" } else { "started" });
             (started, message)
         }
         VmCommand::Adopt { name, qmp, devices } => {

@@ -52,6 +52,8 @@ fn vm_started_by_hand_is_adopted_with_its_devices_and_migrates_there_and_back() 
         ensure!(adopted["warnings"][0].as_str().is_some_and(|text| text.contains("reconnect")), "{adopted}");
         ensure!(adopted["devices"] == serde_json::json!([guest.disk]), "{adopted}");
         ensure!(adopted["pid"] == qemu.0.id(), "{adopted}");
+        let again = bed.a.json(&["vm", "adopt", "vm", "--qmp", &own_qmp(&bed.a)])?;
+        ensure!(again["pid"] == qemu.0.id() && again["devices"] == adopted["devices"], "{again}");
         guest.goes_on(&bed.a, 2)?;
         let mut carried = 0;
         for (from, to) in [(&bed.a, &bed.b), (&bed.b, &bed.a)] {

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use belay_attach::{Command, DeviceHandle, Notice, Snapshot};
@@ -49,6 +49,8 @@ pub struct Managed {
     copy_stopped: Mutex<Option<String>>,
     /// Why its exchange cannot begin yet; it is tried again.
     exchange_waits: Mutex<Option<String>>,
+    /// How often in a row the disk here was full before it was copied.
+    full: AtomicU32,
     /// What is in flight, while its rings have stopped and its guest may go home.
     listed: Mutex<Option<InflightList>>,
     /// Held while an exchange is committed: a call that is repeated waits for the first one's outcome.
@@ -73,6 +75,7 @@ impl Managed {
             trouble: Mutex::default(),
             copy_stopped: Mutex::default(),
             exchange_waits: Mutex::default(),
+            full: AtomicU32::new(0),
             listed: Mutex::default(),
             committing: tokio::sync::Mutex::default(),
         }
@@ -140,6 +143,20 @@ impl Managed {
 
     pub(crate) fn set_exchange_waits(&self, reason: Option<String>) {
         *self.exchange_waits.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = reason;
+    }
+
+    /// How often in a row the disk here was full before it was copied, since the agent started.
+    pub(crate) fn was_full(&self) -> u32 {
+        self.full.load(Ordering::SeqCst)
+    }
+
+    /// The disk here was full. How often it was now.
+    pub(crate) fn count_full(&self) -> u32 {
+        self.full.fetch_add(1, Ordering::SeqCst) + 1
+    }
+
+    pub(crate) fn forget_full(&self) {
+        self.full.store(0, Ordering::SeqCst);
     }
 
     pub(crate) fn listed(&self) -> Option<InflightList> {

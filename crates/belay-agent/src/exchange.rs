@@ -83,7 +83,7 @@ impl Agent {
             ))
             .hint("name another file with `belay exchange --path`"));
         }
-        make_room(&name, &path, info.allocated_bytes)?;
+        make_room(&name, &path, needed(&info, device.was_full() > 0))?;
         // What it says of an earlier copy would be believed.
         forget_map(&name, &map_path(&self.config, &name))?;
         create_image(&name, &path, info.size_bytes, replaces.as_deref())?;
@@ -353,6 +353,13 @@ fn image_error(name: &str, path: &Path, error: &std::io::Error) -> AgentError {
     AgentError::failed(format!("device {name}: {}: {error}", path.display()))
 }
 
+/// How much room a copy needs. A guest makes it larger while it is copied; once it did not fit for that reason, or
+/// because others took the room, it begins again only if there is some to spare.
+fn needed(info: &DeviceInfo, was_full: bool) -> u64 {
+    let spare = if was_full { info.allocated_bytes / 8 } else { 0 };
+    (info.allocated_bytes + spare).min(info.size_bytes.max(info.allocated_bytes))
+}
+
 /// The folder that a disk comes to, and room in it.
 fn make_room(name: &str, path: &Path, needed_bytes: u64) -> Result<(), AgentError> {
     let Some(folder) = path.parent() else { return Ok(()) };
@@ -410,6 +417,13 @@ mod tests {
         let other = folder.path().join("other.img");
         create_image("disk0", &path, 4096, Some(&other)).unwrap_err();
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn copy_that_did_not_fit_begins_again_with_some_room_to_spare() {
+        let info = |allocated_bytes| DeviceInfo { size_bytes: 1000, allocated_bytes };
+        assert_eq!((needed(&info(800), false), needed(&info(800), true)), (800, 900));
+        assert_eq!(needed(&info(960), true), 1000, "it does not become larger than the device");
     }
 
     #[test]

@@ -37,17 +37,33 @@ impl Attempts {
     }
 }
 
+/// How long a copy waits that has found the disk full so many times in a row.
+fn after_full(times: u32) -> Duration {
+    (RETRY_FIRST * 2_u32.pow(times.saturating_sub(1).min(8))).min(RETRY_LONGEST)
+}
+
 impl Agent {
     /// Brings a device's backing here, in the background, as soon as that is possible: to this file, or to the usual
     /// place.
     pub(crate) fn follow_guest(self: &Arc<Self>, device: &Arc<Managed>, path: Option<PathBuf>) {
+        self.follow_after(device, path, Duration::ZERO);
+    }
+
+    /// As [`Agent::follow_guest`], of a device whose copy has found the disk here full. Not at once, and ever more
+    /// rarely: each attempt takes room from others.
+    pub(crate) fn follow_when_there_is_room(self: &Arc<Self>, device: &Arc<Managed>, path: Option<PathBuf>) {
+        self.follow_after(device, path, after_full(device.count_full()));
+    }
+
+    fn follow_after(self: &Arc<Self>, device: &Arc<Managed>, path: Option<PathBuf>, delay: Duration) {
         let (agent, device) = (Arc::clone(self), Arc::clone(device));
         tokio::spawn(async move {
+            tokio::time::sleep(delay).await;
             let mut attempts = Attempts::default();
             // An operator may have begun it, ended it, or taken the device away meanwhile.
             while agent.is_to_follow(&device) {
                 let bandwidth = device.record().bandwidth;
-                let Err(error) = agent.begin_exchange(&device, path.clone(), bandwidth).await else { break };
+                let Err(error) = agent.begin_exchange(&device, path.clone(), bandwidth).await else { return };
                 if !agent.is_to_follow(&device) {
                     break;
                 }
@@ -76,6 +92,9 @@ impl Agent {
     /// The disk.
     pub(crate) async fn stop_following(&self, device: &Managed) -> Result<bool, AgentError> {
         let _beginning = device.beginning.lock().await;
+        // Whoever says this knows that it has stopped.
+        device.set_copy_stopped(None);
+        device.forget_full();
         let RoleRecord::Remote { backing, delay_us, direct, follow: true, replaces } = device.role() else {
             return Ok(false);
         };
@@ -132,6 +151,13 @@ mod tests {
             attempts.failed("no answer");
         }
         assert_eq!(attempts.failed("no answer"), (RETRY_LONGEST, false));
+    }
+
+    #[test]
+    fn copy_that_finds_the_disk_full_each_time_becomes_rare() {
+        assert_eq!(after_full(1), RETRY_FIRST);
+        assert_eq!(after_full(3), RETRY_FIRST * 4);
+        assert_eq!(after_full(u32::MAX), RETRY_LONGEST);
     }
 
     fn following() -> RoleRecord {

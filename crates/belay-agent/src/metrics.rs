@@ -107,6 +107,8 @@ struct Seen {
     remote: bool,
     /// It cannot be served.
     failed: bool,
+    /// Its copy to this host cannot begin, or has stopped before its end.
+    waiting: bool,
 }
 
 impl Seen {
@@ -115,7 +117,8 @@ impl Seen {
         let remote =
             matches!(device.role(), Remote { .. } | Exchanging { .. } | Cutting { .. } | Prepared { .. });
         let failed = device.trouble().is_some();
-        Self { device: device.name(), snapshot: device.snapshot(), remote, failed }
+        let waiting = device.exchange_waits().is_some() || device.copy_stopped().is_some();
+        Self { device: device.name(), snapshot: device.snapshot(), remote, failed, waiting }
     }
 }
 
@@ -188,6 +191,13 @@ impl Moment {
             let up = i64::from(seen.snapshot.link_up);
             link.encode_family(&[("device", seen.device.as_str())])?.encode_gauge(&up)?;
         }
+        let help = "Whether the copy of the device to this host waits, or has stopped before its end";
+        let mut waiting = encoder.encode_descriptor("exchange_waiting", help, None, MetricType::Gauge)?;
+        for seen in self.devices.iter().filter(|seen| seen.remote) {
+            waiting
+                .encode_family(&[("device", seen.device.as_str())])?
+                .encode_gauge(&i64::from(seen.waiting))?;
+        }
         for (name, help, reading) in EXCHANGE {
             let mut metric = encoder.encode_descriptor(name, help, Some(&Unit::Bytes), MetricType::Gauge)?;
             for Seen { device, snapshot, .. } in &self.devices {
@@ -245,8 +255,14 @@ mod tests {
         Moment {
             version: "1.2.3",
             devices: vec![
-                Seen { device: "a\"b".into(), snapshot: busy, remote: true, failed: false },
-                Seen { device: "idle".into(), snapshot: Snapshot::default(), remote: false, failed: true },
+                Seen { device: "a\"b".into(), snapshot: busy, remote: true, failed: false, waiting: true },
+                Seen {
+                    device: "idle".into(),
+                    snapshot: Snapshot::default(),
+                    remote: false,
+                    failed: true,
+                    waiting: false,
+                },
             ],
             vms: 1,
             handovers: [("in", 5), ("out", 6)],
@@ -291,6 +307,7 @@ mod tests {
             ("belay_read_bytes_total{device=\"a\\\"b\"}", 4096.0),
             ("belay_fenced_requests_total{device=\"a\\\"b\"}", 2.0),
             ("belay_link_up{device=\"a\\\"b\"}", 1.0),
+            ("belay_exchange_waiting{device=\"a\\\"b\"}", 1.0),
             ("belay_failed{device=\"a\\\"b\"}", 0.0),
             ("belay_failed{device=\"idle\"}", 1.0),
             ("belay_exchange_local_bytes{device=\"a\\\"b\"}", 40.0),

@@ -162,6 +162,7 @@ impl Device {
         if self.client.is_none() || self.is_successor() || self.exchange.is_some() {
             self.notice(Notice::ExchangePaused {
                 reason: "the device is not remote, or is being copied".to_owned(),
+                full: false,
             });
             return;
         }
@@ -169,7 +170,7 @@ impl Device {
         if local.info().size_bytes != size_bytes {
             let reason =
                 format!("the new backing has {} bytes, the device {size_bytes}", local.info().size_bytes);
-            self.notice(Notice::ExchangePaused { reason });
+            self.notice(Notice::ExchangePaused { reason, full: false });
             return;
         }
         let mut config = PullConfig::new(size_bytes);
@@ -467,9 +468,10 @@ impl Device {
         self.notice(match ending {
             Ending::Gone => return,
             Ending::Cancelled => Notice::ExchangeCancelled,
-            Ending::Failed(errno) => {
-                Notice::ExchangePaused { reason: std::io::Error::from_raw_os_error(errno).to_string() }
-            }
+            Ending::Failed(errno) => Notice::ExchangePaused {
+                reason: std::io::Error::from_raw_os_error(errno).to_string(),
+                full: matches!(errno, libc::ENOSPC | libc::EDQUOT),
+            },
         });
     }
 

@@ -282,6 +282,8 @@ pub enum Notice {
     ExchangePaused {
         /// Why.
         reason: String,
+        /// There was no room, or no quota, for more: it may go on when there is.
+        full: bool,
     },
     /// The exchange was given up; the new backend is closed.
     ExchangeCancelled,

@@ -1,5 +1,6 @@
 //! What devices tell of, and what the agent does about it.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use belay_attach::Notice;
@@ -75,16 +76,25 @@ impl Agent {
                 let (agent, device) = (Arc::clone(self), Arc::clone(device));
                 tokio::spawn(async move { agent.cut_over(&device).await });
             }
-            Notice::ExchangePaused { reason } => {
+            Notice::ExchangePaused { reason, full: true } => {
+                let what = "stopped, the device stays remote, and is copied when there is room";
+                note("exchange", format!("{what}: {reason}"));
+                device.set_exchange_waits(Some(reason.clone()));
+                let path = self.back_to_remote(device, true).await;
+                self.follow_when_there_is_room(device, path);
+            }
+            Notice::ExchangePaused { reason, full: false } => {
                 note("exchange", format!("stopped, the device stays remote: {reason}"));
                 device.set_copy_stopped(Some(reason.clone()));
-                self.back_to_remote(device).await;
+                self.back_to_remote(device, false).await;
             }
             Notice::ExchangeCancelled => {
                 note("exchange", "cancelled, the device stays remote".to_owned());
-                self.back_to_remote(device).await;
+                device.forget_full();
+                self.back_to_remote(device, false).await;
             }
             Notice::ExchangeDone => {
+                device.forget_full();
                 Counts::add(&self.counts.exchanges);
                 note("exchange", "done: the device is local".to_owned());
             }
@@ -126,21 +136,36 @@ impl Agent {
         }
     }
 
-    async fn back_to_remote(&self, device: &Managed) {
+    /// Where it was copied to, if it was.
+    async fn back_to_remote(&self, device: &Managed, follow: bool) -> Option<PathBuf> {
+        // An exchange that is begun right now would lose its new file to this.
+        let _beginning = device.beginning.lock().await;
         // Not from a cut: the other host may have committed, and then the only copy is here.
         if let RoleRecord::Exchanging { backing, backend } = device.role() {
             let role = RoleRecord::Remote {
                 backing,
                 delay_us: backend.delay_us,
                 direct: backend.direct,
-                follow: false,
+                follow,
                 replaces: backend.path.clone(),
             };
-            if self.record(device, device.epoch(), role).await.is_ok()
-                && let Some(path) = backend.path
-            {
-                let _ = tokio::fs::remove_file(path).await;
+            let remove = async || {
+                if let Some(path) = &backend.path {
+                    let _ = tokio::fs::remove_file(path).await;
+                }
+            };
+            if follow {
+                // First of all: the ledger may need the room. Without its file a copy begins anew in any case.
+                remove().await;
             }
+            let bandwidth = device.record().bandwidth.filter(|_| follow);
+            match self.record_with(device, device.epoch(), role, bandwidth).await {
+                Ok(()) => remove().await,
+                // The record says that it is being copied; after a restart it is.
+                Err(error) => self.events.note("exchange", Some(&device.name()), None, error.message),
+            }
+            return backend.path;
         }
+        None
     }
 }

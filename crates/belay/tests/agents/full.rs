@@ -67,22 +67,34 @@ fn full_disk_stops_the_copy_and_nothing_else_and_it_goes_on_when_there_is_room()
             Ok((device["exchange"]["local_bytes"].as_u64() > Some(0)).then_some(()))
         })?;
         let filler = disk.fill()?;
-        fleet.wait("the end of the copy", |fleet| {
-            Ok(fleet.show(Side::B, 0)?["exchange_stopped"].is_string().then_some(()))
+        fleet.wait("the end of the copy, and another attempt", |fleet| {
+            let waits = fleet.show(Side::B, 0)?["exchange_waits"].clone();
+            Ok(waits.as_str().is_some_and(|reason| reason.contains("are free")).then_some(()))
         })?;
         // The guests have noticed nothing.
         fleet.run(500)?;
         ensure!(fleet.show(Side::B, 0)?["backed_by"] == "host-a");
         let status = fleet.host(Side::B).belay(&["status"])?;
-        ensure!(status.contains("copy stopped: No space left on device"), "{status}");
+        ensure!(status.contains("remote, its copy waits: device disk0 needs"), "{status}");
         let events = fleet.host(Side::B).belay(&["events"])?;
-        ensure!(events.contains("the device stays remote: No space left on device"), "{events}");
+        ensure!(events.contains("copied when there is room: No space left on device"), "{events}");
+        let waiting = "belay_exchange_waiting{device=\"disk0\"}";
+        let metrics = fleet.host(Side::B).belay(&["metrics"])?;
+        ensure!(metrics.contains(&format!("{waiting} 1\n")), "{metrics}");
+        // Nobody but time says that there is room; the limit of the copy is as it was.
         std::fs::remove_file(&filler)?;
-        fleet.meanwhile(begin(None))?;
+        fleet.wait("a copy that has begun by itself", |fleet| {
+            let device = fleet.show(Side::B, 0)?;
+            Ok((device["exchange"]["local_bytes"].as_u64() > Some(0)).then_some(()))
+        })?;
+        let metrics = fleet.host(Side::B).belay(&["metrics"])?;
+        ensure!(metrics.contains(&format!("{waiting} 0\n")), "{metrics}");
+        fleet.meanwhile(begin(Some(1 << 30)))?;
         fleet.wait("the disk at its new host", |fleet| {
             Ok((fleet.show(Side::B, 0)?["backed_by"] == "host-b").then_some(()))
         })?;
-        ensure!(fleet.show(Side::B, 0)?["exchange_stopped"].is_null(), "it has not gone on");
+        let device = fleet.show(Side::B, 0)?;
+        ensure!(device["exchange_stopped"].is_null() && device["exchange_waits"].is_null(), "{device}");
         fleet.run(500)?;
         fleet.verify()?;
         fleet.vms[0].guest.drain();

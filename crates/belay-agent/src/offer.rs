@@ -29,6 +29,9 @@ const PREPARE_WITHIN: Duration = Duration::from_secs(30);
 const READY_WITHIN: Duration = Duration::from_secs(15);
 /// How long a short call may take.
 const CALL_WITHIN: Duration = Duration::from_secs(10);
+/// Pieces of memory that a VMM tells of without CONFIGURE_MEM_SLOTS: the most of SET_MEM_TABLE (QEMU's vhost-user
+/// specification).
+const MOST_PIECES_AT_ONCE: u64 = 8;
 /// How often it is looked whether the other host has connected.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -56,6 +59,19 @@ pub struct WithdrawView {
     pub was_offered_to: Option<String>,
     /// Why that host could not be told; it learns it when it asks for the device.
     pub not_told: Option<String>,
+}
+
+/// Whether the VMM of a guest with so many pieces of memory can tell the agent there of all of them.
+fn takes_memory(name: &str, pieces: u64, to: &str, there: &Prepared) -> Result<(), AgentError> {
+    if pieces <= MOST_PIECES_AT_ONCE || there.memory_slots {
+        return Ok(());
+    }
+    let message = format!(
+        "device {name} is used by a VM with {pieces} pieces of memory, and host {to} takes {MOST_PIECES_AT_ONCE}: it \
+         does not offer memory slots"
+    );
+    Err(AgentError::precheck(message)
+        .hint("set `memory_slots = true` below `[data_plane]` there, and restart its agent"))
 }
 
 impl Mode {
@@ -110,6 +126,7 @@ impl Agent {
         request.dry_run = dry_run;
         if dry_run {
             let there: Prepared = self.call_host(to, CALL_WITHIN, "prepare", &request).await?;
+            takes_memory(&name, device.snapshot().memory_pieces, to, &there)?;
             return Ok(offer_view(name, &offer, there, true));
         }
         if !again {
@@ -200,6 +217,7 @@ impl Agent {
         // Before the destination hears of it: it connects at once.
         device.send(Command::Offer { to: offer.to.clone() });
         let there: Prepared = self.call_host(&offer.to, PREPARE_WITHIN, "prepare", request).await?;
+        takes_memory(&device.name(), device.snapshot().memory_pieces, &offer.to, &there)?;
         let deadline = Instant::now() + READY_WITHIN;
         loop {
             let kept = there.kept && device.snapshot().successor_ready;
@@ -308,5 +326,23 @@ fn offer_view(device: String, offer: &OfferRecord, there: Prepared, dry_run: boo
         mode: offer.mode.name().to_owned(),
         socket: there.socket,
         dry_run,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// It was found out when the VM had stopped: QEMU could not start its disk there.
+    #[test]
+    fn host_without_memory_slots_is_refused_a_vm_that_needs_them() {
+        let with = Prepared { memory_slots: true, ..Prepared::default() };
+        let older: Prepared = serde_json::from_str(r#"{"socket": "/x.sock", "kept": false}"#).unwrap();
+        assert!(takes_memory("disk0", 8, "host-b", &older).is_ok());
+        assert!(takes_memory("disk0", 9, "host-b", &with).is_ok());
+        let error = takes_memory("disk0", 9, "host-b", &older).unwrap_err();
+        assert_eq!(error.code, "precheck");
+        assert!(error.message.contains("disk0") && error.message.contains("host-b"), "{error}");
+        assert!(error.hint.unwrap().contains("memory_slots = true"));
     }
 }

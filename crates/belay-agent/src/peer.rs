@@ -96,6 +96,9 @@ pub struct Prepared {
     /// It was there already, and connected.
     #[serde(default)]
     pub kept: bool,
+    /// A VMM there may have its memory in more than eight pieces. An older agent does not say so.
+    #[serde(default)]
+    pub memory_slots: bool,
 }
 
 /// `withdraw`: these devices do not come after all.
@@ -292,7 +295,11 @@ impl Agent {
         crate::agent::check_identity(&request.identity)?;
         let name = request.identity.name.clone();
         let _preparing = self.preparing.lock().await;
-        let answer = |kept| Prepared { socket: self.config.device_socket(&name).display().to_string(), kept };
+        let answer = |kept| Prepared {
+            socket: self.config.device_socket(&name).display().to_string(),
+            kept,
+            memory_slots: self.config.data_plane.memory_slots,
+        };
         let mut present = self.device(&name).ok();
         if let Some(gone) = present.take_if(|device| matches!(device.role(), RoleRecord::Tombstone { .. }))
             && !request.dry_run

@@ -66,6 +66,8 @@ pub struct Snapshot {
     pub vmm_connected: bool,
     /// It is, and has not said anything yet.
     pub vmm_silent: bool,
+    /// Pieces of the guest's memory that the VMM has told of.
+    pub memory_pieces: u64,
     /// Rings that run.
     pub rings_running: u32,
     /// Guest requests in flight here.

@@ -202,6 +202,14 @@ fn file_of_a_device_that_has_left_is_free_when_that_is_told() {
     }
 }
 
+#[test]
+fn pieces_of_the_memory_that_a_vmm_has_told_of_are_counted() {
+    let net = Net::new();
+    let (_, host, mut guest) = start(&net, 1, 0, 7);
+    guest.run(20, 8);
+    support::until(|| host.snapshot().memory_pieces == 1);
+}
+
 /// Reads the block behind what was the end of the disk. Its status: 0 done, 1 error.
 fn read_behind(guest: &mut Guest) -> u8 {
     let at = guest.scratch() as u64;

@@ -313,6 +313,12 @@ impl Connection {
         self.hold_stops = hold;
     }
 
+    /// Pieces of the guest's memory that the VMM has told of.
+    #[must_use]
+    pub fn memory_pieces(&self) -> usize {
+        self.memory.regions()
+    }
+
     /// Whether the VMM has begun to talk. QEMU greets as soon as it has connected, unless it has not noticed that the
     /// connection is a new one; then it is silent until it starts the rings.
     #[must_use]

@@ -40,6 +40,7 @@ impl Device {
             state: self.state_name(),
             epoch: self.epoch.0,
             vmm_connected: self.port.connection.is_some(),
+            memory_pieces: self.port.connection.as_ref().map_or(0, |vmm| vmm.memory_pieces() as u64),
             vmm_silent: self.port.connection.as_ref().is_some_and(|connection| !connection.has_begun()),
             rings_running: self.port.running(),
             in_flight: self.requests.live() as u64,

@@ -207,6 +207,23 @@ impl Guest {
         connection.frontend.set_mem_table(&[memory]).unwrap();
     }
 
+    /// Plugs in more memory, so many pieces of a page, which it does not use. The back-end must offer memory slots.
+    pub fn plug_memory(&mut self, pieces: u64) {
+        const PAGE: u64 = 4096;
+        let (end, len) = (self.memory.address() + self.memory.len() as u64, self.memory.len() as u64);
+        let connection = self.connection.as_mut().unwrap();
+        for piece in 0..pieces {
+            let memory = VhostUserMemoryRegionInfo {
+                guest_phys_addr: len + piece * PAGE,
+                memory_size: PAGE,
+                userspace_addr: end + piece * PAGE,
+                mmap_offset: 0,
+                mmap_handle: self.memory.fd(),
+            };
+            connection.frontend.add_mem_region(&memory).unwrap();
+        }
+    }
+
     /// Starts one ring; see [`Guest::give_memory`].
     pub fn start_ring(&mut self, queue: usize) {
         let ring = self.memory.address() + (queue * QUEUE_STRIDE) as u64;

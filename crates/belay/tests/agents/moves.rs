@@ -1,7 +1,7 @@
 //! Handovers and offers.
 
 use anyhow::{Result, ensure};
-use belay_e2e::Host;
+use belay_e2e::{Host, until};
 use serde_json::Value;
 
 use crate::{
@@ -102,4 +102,39 @@ fn offer_is_repeatable_outlives_restarts_and_can_be_withdrawn() {
 fn reconnect_and_run(guest: &mut belay_synthetic::Guest, host: &Host) {
     crate::reconnect(guest, host);
     guest.run(200, DEPTH);
+}
+
+#[test]
+fn vm_with_more_memory_than_the_other_agent_takes_is_refused_before_and_goes_on() {
+    with_bed(|bed| {
+        let slots = "[data_plane]\nmemory_slots = true\n";
+        bed.a.configure(slots)?;
+        bed.a.terminate_agent()?;
+        bed.a.start_agent()?;
+        let mut guest = boot(&bed.a, 1, 0, 61)?;
+        guest.plug_memory(8);
+        guest.run(100, DEPTH);
+        until("all of its memory", || {
+            let refused = bed.a.spawn(&["device", "offer", "disk0", "host-b"])?.wait()?;
+            if refused.status.success() {
+                // The agent had not seen it all.
+                bed.a.belay(&["device", "withdraw", "disk0"])?;
+                return Ok(None);
+            }
+            let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+            ensure!(refused.status.code() == Some(3) && said.contains("9 pieces of memory"), "{said}");
+            ensure!(said.contains("memory_slots = true"), "{said}");
+            Ok(Some(()))
+        })?;
+        ensure!(bed.b.device("disk0").is_err(), "it is left at the other host");
+        guest.run(100, DEPTH);
+        bed.b.configure(slots)?;
+        bed.b.terminate_agent()?;
+        bed.b.start_agent()?;
+        bed.a.belay(&["device", "offer", "disk0", "host-b"])?;
+        bed.a.belay(&["device", "withdraw", "disk0"])?;
+        guest.run(100, DEPTH);
+        guest.verify();
+        Ok(())
+    });
 }

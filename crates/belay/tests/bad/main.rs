@@ -14,8 +14,12 @@ use belay_e2e::{Bed, Host};
 
 fn with_bed(test: impl FnOnce(&mut Bed) -> Result<()>) {
     let mut bed = Bed::start(Path::new(env!("CARGO_BIN_EXE_belay"))).expect("two hosts");
-    if let Err(error) = test(&mut bed) {
-        panic!("{error:#}\n{}", bed.logs());
+    // The VM in miniature panics at what it does not like; the agents' logs say why it happened.
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(&mut bed)));
+    match outcome {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => panic!("{error:#}\n{}", bed.logs()),
+        Err(_) => panic!("the VM is not content\n{}", bed.logs()),
     }
 }
 

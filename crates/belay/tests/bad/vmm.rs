@@ -122,6 +122,7 @@ impl Attack {
 
     /// The device that was attacked serves a proper VM, both agents work.
     fn survived(mut self, bed: &Bed, mut guest: Guest) -> Result<()> {
+        vmm_gone(bed)?;
         guest.connect(&self.target);
         guest.fresh_inflight_region();
         guest.start();
@@ -282,6 +283,14 @@ fn hostile_rings_cost_their_own_vm_its_ring_and_nobody_else_anything() {
     });
 }
 
+/// Waits until the target knows that its VMM is gone: it serves one at a time, and turns a second one away.
+fn vmm_gone(bed: &Bed) -> Result<()> {
+    until(
+        "the device without a VMM",
+        || Ok((bed.a.device("target")?["vmm_connected"] == false).then_some(())),
+    )
+}
+
 /// What the target has counted as malformed so far.
 fn bad_requests(bed: &Bed) -> Result<u64> {
     let metrics = bed.a.belay(&["metrics"])?;
@@ -299,6 +308,8 @@ fn hostile(
     what: &str,
     act: impl FnOnce(&mut Guest),
 ) -> Result<()> {
+    guest.disconnect();
+    vmm_gone(bed)?;
     guest.start_in_new_memory(&attack.target);
     guest.run(20, DEPTH);
     guest.drain();
@@ -312,6 +323,8 @@ fn hostile(
         attack.other.run(4, DEPTH);
     }
     until(&format!("the device noticing {what}"), || Ok((bad_requests(bed)? > before).then_some(())))?;
+    guest.disconnect();
+    vmm_gone(bed)?;
     guest.start_in_new_memory(&attack.target);
     guest.run(20, DEPTH);
     guest.verify();

@@ -82,6 +82,15 @@ fn step(device: &Device, begun: bool, polls: u32) -> Step {
     }
 }
 
+fn stopped(name: &str, device: &Device) -> Failure {
+    match &device.exchange_waits {
+        Some(reason) => Failure::failed(format!("{name}: not all data is here, its copy waits: {reason}"))
+            .hint(format!("mend that: it goes on by itself; or `belay exchange {name} --cancel`")),
+        None => Failure::failed(format!("{name}: the exchange ended before all data was here"))
+            .hint("`belay events` tells why"),
+    }
+}
+
 async fn wait(context: &Context, name: &str) -> Result<(), Failure> {
     let mut progress = Progress::new(context.json);
     let (mut begun, mut polls) = (false, 0);
@@ -100,8 +109,7 @@ async fn wait(context: &Context, name: &str) -> Result<(), Failure> {
             }
             Step::Stopped => {
                 progress.finish();
-                return Err(Failure::failed(format!("{name}: the exchange ended before all data was here"))
-                    .hint("`belay events` tells why"));
+                return Err(stopped(name, &device));
             }
         }
         polls += 1;
@@ -127,6 +135,16 @@ mod tests {
     #[test]
     fn an_exchange_that_vanishes_from_a_remote_device_was_stopped() {
         assert_eq!(step(&device("remote", None), true, 0), Step::Stopped);
+    }
+
+    #[test]
+    fn an_exchange_that_is_tried_again_is_not_said_to_have_ended() {
+        let mut waiting = device("remote", None);
+        assert!(stopped("d", &waiting).message.contains("ended"));
+        waiting.exchange_waits = Some("no room".into());
+        let failure = stopped("d", &waiting);
+        assert!(failure.message.contains("its copy waits: no room"), "{}", failure.message);
+        assert!(failure.hint.is_some_and(|hint| hint.contains("by itself")));
     }
 
     #[test]

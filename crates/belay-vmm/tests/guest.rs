@@ -6,6 +6,7 @@
 use belay_probe::disk;
 use belay_vmm::Qemu;
 use serde_json::Value;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -20,13 +21,17 @@ async fn prepared(test: &str) -> Option<(Qemu, PathBuf)> {
     let dir = std::env::var_os("BELAY_GUEST")
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.cache/guest"), PathBuf::from);
     if !dir.join("initrd.img").is_file() {
-        println!("skipped {test}: no guest in {}; run scripts/guest-image", dir.display());
+        let _ = writeln!(
+            std::io::stderr(),
+            "skipped {test}: no guest in {}; run scripts/guest-image",
+            dir.display()
+        );
         return None;
     }
     match Qemu::find(None).await {
         Ok(qemu) => Some((qemu, dir)),
         Err(reason) => {
-            println!("skipped {test}: {reason}");
+            let _ = writeln!(std::io::stderr(), "skipped {test}: {reason}");
             None
         }
     }
@@ -139,7 +144,10 @@ async fn linux_guest_does_verified_io_on_ext4() {
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
     let made = std::process::Command::new("mkfs.ext4").env("PATH", path).arg("-q").arg(&image).status();
     if !made.is_ok_and(|status| status.success()) {
-        println!("skipped linux_guest_does_verified_io_on_ext4: no mkfs.ext4; run scripts/setup");
+        let _ = writeln!(
+            std::io::stderr(),
+            "skipped linux_guest_does_verified_io_on_ext4: no mkfs.ext4; run scripts/setup"
+        );
         return;
     }
     Guest::boot(&qemu, &guest, &image, "files /mnt --threads 4 --files 16").exercise().await;

@@ -2,6 +2,7 @@
 
 use belay_vmm::spec::AccelChoice;
 use belay_vmm::{Accel, Capability, MachineInfo, Phase, Qemu, Qmp, QmpError, Side, Tracker, VmmProcess};
+use std::io::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ async fn qemu(test: &str) -> Option<Qemu> {
     match Qemu::find(None).await {
         Ok(qemu) => Some(qemu),
         Err(reason) => {
-            println!("skipped {test}: {reason}");
+            let _ = writeln!(std::io::stderr(), "skipped {test}: {reason}");
             None
         }
     }

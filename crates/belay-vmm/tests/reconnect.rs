@@ -3,6 +3,7 @@
 
 use belay_probe::boot;
 use belay_vmm::{Accel, DiskPlug, Qemu, QemuCommand, Qmp, VmSpec, VmmProcess};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::io::AsyncReadExt;
@@ -111,7 +112,7 @@ async fn guest_survives_a_restart_of_its_backend() {
     let test = "guest_survives_a_restart_of_its_backend";
     let qemu = match Qemu::find(None).await {
         Ok(qemu) => qemu,
-        Err(reason) => return println!("skipped {test}: {reason}"),
+        Err(reason) => return drop(writeln!(std::io::stderr(), "skipped {test}: {reason}")),
     };
     let dir = tempfile::tempdir().unwrap();
     let (image, socket) = (dir.path().join("image"), dir.path().join("disk0"));
@@ -119,7 +120,9 @@ async fn guest_survives_a_restart_of_its_backend() {
     std::fs::OpenOptions::new().write(true).open(&image).unwrap().set_len(4 << 20).unwrap();
     let backend = match Backend::start(&image, &socket).await {
         Ok(backend) => backend,
-        Err(error) => return println!("skipped {test}: qemu-storage-daemon: {error}"),
+        Err(error) => {
+            return drop(writeln!(std::io::stderr(), "skipped {test}: qemu-storage-daemon: {error}"));
+        }
     };
     let mut vm = start(&qemu, dir.path(), &socket).await;
     progress(&mut vm.serial).await;

@@ -13,6 +13,7 @@ mod linux;
 mod stops;
 mod third;
 
+use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
@@ -32,8 +33,12 @@ fn with_bed(test: impl FnOnce(&mut Bed) -> Result<()>) {
 }
 
 fn skip(reason: &str) {
-    // The harness names its threads after the tests.
-    println!("skipped {}: {reason}", std::thread::current().name().unwrap_or("a test"));
+    // The harness names its threads after the tests, and hides what a test that passes has printed: not this.
+    let _ = writeln!(
+        std::io::stderr(),
+        "skipped {}: {reason}",
+        std::thread::current().name().unwrap_or("a test")
+    );
 }
 
 /// Migrates with `belay migrate`, which waits for the disk, and returns the operation.

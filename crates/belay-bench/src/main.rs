@@ -9,7 +9,7 @@ mod peer;
 mod report;
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -103,9 +103,13 @@ fn main() -> ExitCode {
     }
 }
 
-/// One side's disk: where the driver connects, and what must be on it.
-struct Side {
+/// The disk of a place, which both sides serve in turn.
+struct Disk {
+    /// Its file.
+    file: PathBuf,
+    /// Where the agent serves it.
     socket: PathBuf,
+    /// What should be in it.
     content: Content,
 }
 
@@ -165,18 +169,16 @@ impl<'a> Bench<'a> {
             return Ok(());
         }
         let folder = tempfile::Builder::new().prefix("belay-bench-").tempdir_in(&self.options.tmpfs)?;
-        let (mut ours, theirs_file, theirs) = self.sides("memory", &folder)?;
-        let peer = Peer::local(&self.programs, &self.peer_folder()?, &theirs_file)?;
-        let mut theirs = Side { socket: peer.socket.clone(), content: theirs };
-        self.place(Place::Local, "qemu-storage-daemon", &mut ours, &mut theirs)?;
+        let mut disk = self.make_disk("memory", &folder)?;
+        let peer = Peer::local(&self.programs, &self.peer_folder()?, &disk.file)?;
+        self.place(Place::Local, "qemu-storage-daemon", &mut disk, &peer)?;
         drop(peer);
         if self.jobs(Place::Remote).is_empty() {
             return Ok(());
         }
-        let peer = Peer::remote(&self.programs, &self.peer_folder()?, &theirs_file)?;
-        theirs.socket = peer.socket.clone();
-        ours.socket = self.move_to_other_host("memory")?;
-        self.place(Place::Remote, "qemu-storage-daemon+qemu-nbd", &mut ours, &mut theirs)
+        let peer = Peer::remote(&self.programs, &self.peer_folder()?, &disk.file)?;
+        disk.socket = self.move_to_other_host("memory")?;
+        self.place(Place::Remote, "qemu-storage-daemon+qemu-nbd", &mut disk, &peer)
     }
 
     fn disk(&mut self) -> Result<()> {
@@ -184,10 +186,9 @@ impl<'a> Bench<'a> {
             return Ok(());
         }
         let folder = tempfile::Builder::new().prefix("disks-").tempdir_in(&self.options.out)?;
-        let (mut ours, theirs_file, theirs) = self.sides("disk", &folder)?;
-        let peer = Peer::local(&self.programs, &self.peer_folder()?, &theirs_file)?;
-        let mut theirs = Side { socket: peer.socket.clone(), content: theirs };
-        self.place(Place::LocalDisk, "qemu-storage-daemon", &mut ours, &mut theirs)
+        let mut disk = self.make_disk("disk", &folder)?;
+        let peer = Peer::local(&self.programs, &self.peer_folder()?, &disk.file)?;
+        self.place(Place::LocalDisk, "qemu-storage-daemon", &mut disk, &peer)
     }
 
     /// Where the peer's sockets and certificates are: in the second host's folder, whose processes are looked after.
@@ -201,22 +202,17 @@ impl<'a> Bench<'a> {
         self.options.disk_mib << 20
     }
 
-    /// Makes two equal disks, and gives ours to the agent.
-    fn sides(&self, name: &str, folder: &TempDir) -> Result<(Side, PathBuf, Content)> {
-        let make = |side: &str| {
-            let path = folder.path().canonicalize()?.join(format!("{side}.img"));
-            let file = File::create(&path)?;
-            let content = Content::create(&file, self.disk_bytes())
-                .with_context(|| format!("cannot make a disk in {}", path.display()))?;
-            anyhow::Ok((path, content))
-        };
-        let (path, content) = make("belay")?;
+    /// Makes a disk and gives it to the agent. The peer gets the same file, not one that is equal: where two files are on
+    /// the medium made a difference of a third in writes.
+    fn make_disk(&self, name: &str, folder: &TempDir) -> Result<Disk> {
+        let file = folder.path().canonicalize()?.join(format!("{name}.img"));
+        let content = Content::create(&File::create(&file)?, self.disk_bytes())
+            .with_context(|| format!("cannot make a disk in {}", file.display()))?;
         let queues = peer::QUEUES.to_string();
-        let path = path.to_str().context("a disk's path must be text")?;
+        let path = file.to_str().context("a disk's path must be text")?;
         let added = self.bed.a.json(&["device", "add", name, "--path", path, "--queues", &queues])?;
         let socket = added["socket"].as_str().context("no socket of the device")?.into();
-        let (theirs, theirs_content) = make("peer")?;
-        Ok((Side { socket, content }, theirs, theirs_content))
+        Ok(Disk { file, socket, content })
     }
 
     /// The attachment moves to host B as soon as a driver connects there; the backing stays at A. A device can be
@@ -229,33 +225,32 @@ impl<'a> Bench<'a> {
         Ok(offered["socket"].as_str().context("no socket of the offered device")?.into())
     }
 
-    fn place(&mut self, place: Place, peer: &'static str, ours: &mut Side, theirs: &mut Side) -> Result<()> {
+    fn place(&mut self, place: Place, name: &'static str, disk: &mut Disk, peer: &Peer) -> Result<()> {
         let length = Duration::from_millis(self.options.length_ms);
         for job in self.jobs(place) {
             let mut rounds = Vec::new();
             for round in 0..self.options.rounds {
-                let measure = |side: &mut Side| {
-                    let bytes = self.options.disk_mib << 20;
-                    let outcome =
-                        driver::measure(&side.socket, job, bytes, &mut side.content, WARM_UP, length)?;
+                let (bytes, content) = (self.disk_bytes(), &mut disk.content);
+                let mut measure = |socket: &Path| {
+                    let outcome = driver::measure(socket, job, bytes, content, WARM_UP, length)?;
                     anyhow::Ok(job.figure(&outcome))
                 };
                 // Who is first alternates, so that neither always profits from what the other leaves behind.
                 let pair = if round % 2 == 0 {
-                    let ours = measure(ours).context("belay")?;
-                    (ours, measure(theirs).context(peer)?)
+                    let ours = measure(&disk.socket).context("belay")?;
+                    (ours, measure(&peer.socket).context(name)?)
                 } else {
-                    let theirs = measure(theirs).context(peer)?;
-                    (measure(ours).context("belay")?, theirs)
+                    let theirs = measure(&peer.socket).context(name)?;
+                    (measure(&disk.socket).context("belay")?, theirs)
                 };
                 rounds.push(pair);
             }
-            let line = Line::of(place, &job, peer, &rounds);
+            let line = Line::of(place, &job, name, &rounds);
             println!("{}", line.text());
             self.lines.push(line);
         }
-        for (side, name) in [(ours, "belay"), (theirs, peer)] {
-            driver::verify(&side.socket, self.disk_bytes(), &mut side.content)
+        for (socket, name) in [(&disk.socket, "belay"), (&peer.socket, name)] {
+            driver::verify(socket, self.disk_bytes(), &mut disk.content)
                 .with_context(|| format!("{name}, {}", place.name()))?;
         }
         Ok(())

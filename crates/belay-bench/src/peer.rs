@@ -72,8 +72,7 @@ impl Drop for Peer {
 impl Peer {
     /// A file on this host: io_uring, no page cache, a thread of its own.
     pub(crate) fn local(programs: &Programs, folder: &Path, file: &Path) -> Result<Self> {
-        let backend =
-            format!("driver=file,node-name=disk,filename={},cache.direct=on,aio=io_uring", file.display());
+        let backend = format!("driver=file,node-name=disk,{}", file_options("", file));
         let mut peer = Self { socket: folder.join("peer.sock"), children: Vec::new() };
         peer.storage_daemon(programs, folder, &["--blockdev", &backend])?;
         Ok(peer)
@@ -89,9 +88,9 @@ impl Peer {
         server
             .arg("--object")
             .arg(credentials(&keys.join("server"), "server"))
-            .args(["--tls-creds=tls", "--format=raw", "--cache=none", "--aio=io_uring", "--persistent"])
+            .args(["--tls-creds=tls", "--image-opts", "--persistent"])
             .args(["--shared=4", "--export-name=disk", "--bind=127.0.0.1", &format!("--port={port}")])
-            .arg(file);
+            .arg(format!("driver=raw,file.driver=file,{}", file_options("file.", file)));
         peer.start(&mut server, folder, "qemu-nbd", || {
             std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
         })?;
@@ -168,4 +167,15 @@ fn make_certificates(folder: &Path) -> Result<()> {
         std::fs::write(folder.join(format!("{side}-key.pem")), key.serialize_pem())?;
     }
     Ok(())
+}
+
+/// A file through io_uring, past the page cache. The agent, which serves it in turn, has the lock.
+fn file_options(prefix: &str, file: &Path) -> String {
+    let options = [
+        format!("filename={}", file.display()),
+        "cache.direct=on".into(),
+        "aio=io_uring".into(),
+        "locking=off".into(),
+    ];
+    options.map(|option| format!("{prefix}{option}")).join(",")
 }

@@ -22,6 +22,7 @@ use belay_attach::Command;
 use belay_wire::{DeviceId, Epoch};
 
 use crate::agent::Agent;
+use crate::claims::{Claims, TAKEN_BACK};
 use crate::device::Managed;
 use crate::error::AgentError;
 use crate::ledger::RoleRecord;
@@ -35,14 +36,10 @@ pub(crate) struct Claim {
 }
 
 #[derive(Debug)]
-enum State {
-    /// Nothing has been granted. While it is `held`, nothing is, whatever is claimed.
-    Open {
-        claims: Vec<Claim>,
-        held: bool,
-    },
-    Off,
-    Committed,
+struct State {
+    claims: Claims<Claim>,
+    /// While it is, nothing is granted, whatever is claimed.
+    held: bool,
 }
 
 /// Devices of one VM that go to one host, all or none.
@@ -62,12 +59,12 @@ impl Departure {
 
     /// Whether it waits for [`Agent::release`].
     pub(crate) async fn is_held(&self) -> bool {
-        matches!(*self.state.lock().await, State::Open { held: true, .. })
+        matches!(*self.state.lock().await, State { claims: Claims::Open(_), held: true })
     }
 
     /// Whether every device has been granted.
     pub(crate) async fn is_committed(&self) -> bool {
-        matches!(*self.state.lock().await, State::Committed)
+        matches!(self.state.lock().await.claims, Claims::Committed)
     }
 }
 
@@ -75,7 +72,7 @@ impl Agent {
     /// From now on these devices, all of them backed by this host, are granted to `to` together; if they are `held`,
     /// not before they are released.
     pub(crate) fn open_departure(&self, to: &str, devices: Vec<DeviceId>, held: bool) -> Arc<Departure> {
-        let state = tokio::sync::Mutex::new(State::Open { claims: Vec::new(), held });
+        let state = tokio::sync::Mutex::new(State { claims: Claims::default(), held });
         let departure = Departure { to: to.to_owned(), devices, home: std::sync::Mutex::default(), state };
         let departure = Arc::new(departure);
         let mut all = self.departures.lock().unwrap_or_else(PoisonError::into_inner);
@@ -98,20 +95,11 @@ impl Agent {
 
     /// From now on nothing is granted, and what has been claimed is refused. `false`: all of it has been granted.
     pub(crate) async fn call_off(&self, departure: &Departure) -> bool {
-        let mut state = departure.state.lock().await;
-        match std::mem::replace(&mut *state, State::Off) {
-            State::Committed => {
-                *state = State::Committed;
-                false
-            }
-            State::Off => true,
-            State::Open { claims, .. } => {
-                for claim in claims {
-                    self.refuse(claim, "the migration was taken back");
-                }
-                true
-            }
+        let Some(claims) = departure.state.lock().await.claims.call_off() else { return false };
+        for claim in claims {
+            self.refuse(claim, TAKEN_BACK);
         }
+        true
     }
 
     fn refuse(&self, claim: Claim, reason: &str) {
@@ -131,8 +119,8 @@ impl Agent {
             return;
         };
         let mut state = departure.state.lock().await;
-        let State::Open { claims, .. } = &mut *state else {
-            self.refuse(claim, "the migration was taken back");
+        let Claims::Open(claims) = &mut state.claims else {
+            self.refuse(claim, TAKEN_BACK);
             return;
         };
         claims.retain(|present| present.device != claim.device);
@@ -145,31 +133,22 @@ impl Agent {
     pub(crate) async fn release(&self, departure: &Arc<Departure>, home: Vec<Arc<Managed>>) {
         *departure.home.lock().unwrap_or_else(PoisonError::into_inner) = home;
         let mut state = departure.state.lock().await;
-        if let State::Open { held, .. } = &mut *state {
-            *held = false;
-            self.try_grant(departure, &mut state).await;
-        }
+        state.held = false;
+        self.try_grant(departure, &mut state).await;
     }
 
     async fn try_grant(&self, departure: &Arc<Departure>, state: &mut State) {
-        let State::Open { claims, held: false } = state else { return };
+        let State { claims: Claims::Open(claims), held: false } = state else { return };
         if claims.len() < departure.devices.len() {
             tracing::debug!(to = %departure.to, "claimed; the VM's other devices are not yet");
             return;
         }
         let claims = std::mem::take(claims);
         let home = departure.home.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        match self.grant_all(&claims, &home, &departure.to).await {
-            Ok(()) => {
-                *state = State::Committed;
-                self.close_departure(departure);
-            }
-            Err(error) => {
-                *state = State::Off;
-                for claim in claims {
-                    self.refuse(claim, &error.message);
-                }
-            }
+        let outcome = self.grant_all(&claims, &home, &departure.to).await;
+        match state.claims.written(claims, outcome) {
+            None => self.close_departure(departure),
+            Some((claims, error)) => claims.into_iter().for_each(|claim| self.refuse(claim, &error.message)),
         }
     }
 

@@ -4,6 +4,7 @@ pub mod adopt;
 pub mod agent;
 pub mod api;
 mod awaited;
+mod claims;
 pub mod config;
 mod departure;
 pub mod device;

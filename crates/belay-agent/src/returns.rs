@@ -12,6 +12,7 @@ use belay_attach::Command;
 use belay_wire::{DeviceId, Epoch};
 
 use crate::agent::Agent;
+use crate::claims::{Claims, TAKEN_BACK};
 use crate::device::Managed;
 use crate::error::AgentError;
 use crate::ledger::RoleRecord;
@@ -22,17 +23,11 @@ use crate::vm::Vm;
 #[derive(Debug, Default)]
 pub(crate) struct Returns(tokio::sync::Mutex<State>);
 
-#[derive(Debug)]
-enum State {
-    Open { claims: Vec<(DeviceId, Epoch)>, unused: Vec<DeviceId> },
-    Committed,
-    Off,
-}
-
-impl Default for State {
-    fn default() -> Self {
-        Self::Open { claims: Vec::new(), unused: Vec::new() }
-    }
+#[derive(Debug, Default)]
+struct State {
+    claims: Claims<(DeviceId, Epoch)>,
+    /// Devices that its guest does not use.
+    unused: Vec<DeviceId>,
 }
 
 impl Agent {
@@ -49,11 +44,11 @@ impl Agent {
             return self.take_alone(claim, from).await;
         };
         let mut state = vm.returns.0.lock().await;
-        match &mut *state {
-            State::Off => self.refuse_return(claim, "the migration was taken back"),
+        match &mut state.claims {
+            Claims::Off => self.refuse_return(claim, TAKEN_BACK),
             // One that its guest had not used before.
-            State::Committed => self.take_alone(claim, from).await,
-            State::Open { claims, .. } => {
+            Claims::Committed => self.take_alone(claim, from).await,
+            Claims::Open(claims) => {
                 claims.retain(|(present, _)| *present != claim.0);
                 claims.push(claim);
                 self.try_returns(&vm, from, &mut state).await;
@@ -87,29 +82,18 @@ impl Agent {
         let vm =
             vm.ok_or_else(|| AgentError::fenced(format!("VM {} does not come from {peer}", request.vm)))?;
         let mut state = vm.returns.0.lock().await;
-        if let State::Open { unused, .. } = &mut *state {
-            *unused = request.devices;
-        }
+        state.unused = request.devices;
         self.try_returns(&vm, peer, &mut state).await;
         Ok(Done {})
     }
 
     /// From now on nothing of this VM comes home. `false`: it has.
     pub(crate) async fn call_off_returns(&self, vm: &Vm) -> bool {
-        let mut state = vm.returns.0.lock().await;
-        match std::mem::replace(&mut *state, State::Off) {
-            State::Committed => {
-                *state = State::Committed;
-                false
-            }
-            State::Off => true,
-            State::Open { claims, .. } => {
-                for claim in claims {
-                    self.refuse_return(claim, "the migration was taken back");
-                }
-                true
-            }
+        let Some(claims) = vm.returns.0.lock().await.claims.call_off() else { return false };
+        for claim in claims {
+            self.refuse_return(claim, TAKEN_BACK);
         }
+        true
     }
 
     /// Whether every device of a VM that comes home has come, or is not used.
@@ -119,7 +103,7 @@ impl Agent {
     }
 
     fn is_missing(&self, name: &str, from: &str, state: &State) -> bool {
-        let State::Open { claims, unused } = state else { return false };
+        let State { claims: Claims::Open(claims), unused } = state else { return false };
         let Ok(device) = self.device(name) else { return false };
         let id = device.identity().id;
         let lent = matches!(device.role(), RoleRecord::Lent { to, .. } if to == from);
@@ -134,19 +118,14 @@ impl Agent {
         if vm.record.devices.iter().any(comes) {
             return;
         }
-        let State::Open { claims, .. } = state else { return };
+        let Claims::Open(claims) = &mut state.claims else { return };
         if claims.is_empty() {
             return;
         }
         let claims = std::mem::take(claims);
-        match self.take_all(&claims, from).await {
-            Ok(()) => *state = State::Committed,
-            Err(error) => {
-                *state = State::Off;
-                for claim in claims {
-                    self.refuse_return(claim, &error.message);
-                }
-            }
+        let outcome = self.take_all(&claims, from).await;
+        if let Some((claims, error)) = state.claims.written(claims, outcome) {
+            claims.into_iter().for_each(|claim| self.refuse_return(claim, &error.message));
         }
     }
 

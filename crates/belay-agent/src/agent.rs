@@ -96,6 +96,11 @@ impl Agent {
         self.devices.lock().unwrap_or_else(std::sync::PoisonError::into_inner).values().cloned().collect()
     }
 
+    /// Whether this device, and no other of its name that was started since, is one of this host.
+    pub(crate) fn has_device(&self, device: &Managed) -> bool {
+        self.device(&device.name()).is_ok_and(|present| std::ptr::eq(Arc::as_ptr(&present), device))
+    }
+
     /// A device by its name.
     ///
     /// # Errors

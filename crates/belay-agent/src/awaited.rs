@@ -95,10 +95,7 @@ impl Agent {
         tokio::spawn(async move {
             let (id, name) = (device.identity().id, device.name());
             let is_waited_for = || match device.role() {
-                RoleRecord::Prepared { from, .. } => agent
-                    .device_by_id(id)
-                    .is_some_and(|present| Arc::ptr_eq(&present, &device))
-                    .then_some(from),
+                RoleRecord::Prepared { from, .. } => agent.has_device(&device).then_some(from),
                 _ => None,
             };
             let mut unknown = 0;
@@ -152,8 +149,7 @@ impl Agent {
     }
 
     fn query_of(&self, vm: &Vm) -> VmQuery {
-        let devices = vm.record.devices.iter().filter_map(|name| self.device(name).ok());
-        VmQuery { vm: vm.record.name.clone(), devices: devices.map(|device| device.identity().id).collect() }
+        VmQuery::new(vm, &self.devices_of(vm))
     }
 
     /// Whether all its devices are here.

@@ -81,9 +81,9 @@ impl Agent {
 
     /// Whether a device is still this one, and its backing elsewhere and to come here.
     fn is_to_follow(&self, device: &Arc<Managed>) -> bool {
-        let here = self.device(&device.name()).is_ok_and(|present| Arc::ptr_eq(&present, device));
         // The record of a handover may not be written yet; that is waited for.
-        here && matches!(device.role(), RoleRecord::Remote { follow: true, .. } | RoleRecord::Prepared { .. })
+        self.has_device(device)
+            && matches!(device.role(), RoleRecord::Remote { follow: true, .. } | RoleRecord::Prepared { .. })
     }
 
     /// The backing is not to follow the guest any more. `false`: it was not going to.

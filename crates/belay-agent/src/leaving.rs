@@ -85,8 +85,7 @@ impl Leaving {
     }
 
     pub(crate) fn query(&self) -> VmQuery {
-        let devices: Vec<DeviceId> = self.devices.iter().map(|device| device.identity().id).collect();
-        VmQuery { vm: self.vm.record.name.clone(), devices }
+        VmQuery::new(&self.vm, &self.devices)
     }
 
     /// Whether the devices have been granted.

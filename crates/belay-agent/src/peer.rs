@@ -10,10 +10,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::agent::Agent;
-use crate::device::HandoverFigures;
+use crate::device::{HandoverFigures, Managed};
 use crate::error::AgentError;
 use crate::ledger::{Departed, DeviceRecord, Mode, RoleRecord, SCHEMA};
 use crate::view::{DeviceView, device_view};
+use crate::vm::Vm;
 
 /// Devices that one peer may have offered to this host at a time.
 const MAX_OFFERS: usize = 256;
@@ -124,6 +125,14 @@ pub struct VmQuery {
     pub devices: Vec<DeviceId>,
 }
 
+impl VmQuery {
+    /// A question about this VM with these devices.
+    pub(crate) fn new(vm: &Vm, devices: &[Arc<Managed>]) -> Self {
+        let devices = devices.iter().map(|device| device.identity().id).collect();
+        Self { vm: vm.record.name.clone(), devices }
+    }
+}
+
 /// `incoming_state`: how is the VM that comes from here?
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct IncomingState {
@@ -221,7 +230,7 @@ fn rpc(error: AgentError) -> RpcError {
 }
 
 /// Whether a device waits here as this request wants it, with its connection: a VMM may use it already.
-fn still_prepared(device: &crate::device::Managed, request: &Prepare) -> bool {
+fn still_prepared(device: &Managed, request: &Prepare) -> bool {
     let record = device.record();
     let snapshot = device.snapshot();
     let like = matches!(record.role, RoleRecord::Prepared { mode, .. } if mode == request.mode);
@@ -242,11 +251,7 @@ impl Agent {
     }
 
     /// A peer may ask only about devices that it shares with this host.
-    pub(crate) fn shared_device(
-        &self,
-        peer: &str,
-        id: DeviceId,
-    ) -> Result<Arc<crate::device::Managed>, AgentError> {
+    pub(crate) fn shared_device(&self, peer: &str, id: DeviceId) -> Result<Arc<Managed>, AgentError> {
         let unknown = || AgentError::not_found("there is no such device here, or it is not shared with you");
         let device = self.device_by_id(id).ok_or_else(unknown)?;
         let shared = match device.role() {
@@ -270,7 +275,7 @@ impl Agent {
     }
 
     /// Size and allocation of a device that is backed here.
-    pub(crate) fn info_of(&self, device: &crate::device::Managed) -> Result<DeviceInfo, AgentError> {
+    pub(crate) fn info_of(&self, device: &Managed) -> Result<DeviceInfo, AgentError> {
         use std::os::unix::fs::MetadataExt;
         let belay_wire::device::DeviceClass::Block(geometry) = device.identity().class;
         let path = match device.role() {

@@ -142,11 +142,6 @@ impl Agent {
         taken_back("it is off, the VM goes on here");
     }
 
-    /// Those of a VM's devices that are here.
-    fn devices_of(&self, vm: &Vm) -> Vec<Arc<Managed>> {
-        vm.record.devices.iter().filter_map(|name| self.device(name).ok()).collect()
-    }
-
     /// QEMU 7.2 does not start a disk whose agent was away when the guest began to run, and is silent on its next
     /// connection: a short pause makes it try again.
     async fn start_disks_of(&self, vm: &Vm) -> Result<(), AgentError> {

@@ -9,6 +9,7 @@ use belay_vmm::{Accel, AccelChoice, DiskPlug, ProcessId, Qemu, QemuCommand, Qmp,
 use serde::Serialize;
 
 use crate::agent::Agent;
+use crate::device::Managed;
 use crate::error::AgentError;
 use crate::ledger::{MigratingRecord, SCHEMA, VmRecord};
 use crate::returns::Returns;
@@ -212,7 +213,7 @@ impl Vms {
 
     /// Whether this VM, and no other of its name, is one of this host.
     pub(crate) fn has(&self, vm: &Vm) -> bool {
-        self.get(&vm.record.name).is_ok_and(|present| std::ptr::eq(&raw const *present, vm))
+        self.get(&vm.record.name).is_ok_and(|present| std::ptr::eq(Arc::as_ptr(&present), vm))
     }
 
     /// Keeps a name, and what comes with it, for a VM that is being started.
@@ -455,6 +456,11 @@ impl Agent {
         self.vms.set_ended(name, true);
         self.events.note("vm", None, Some(name), "ended");
         Ok(())
+    }
+
+    /// Those of a VM's devices that this host knows.
+    pub(crate) fn devices_of(&self, vm: &Vm) -> Vec<Arc<Managed>> {
+        vm.record.devices.iter().filter_map(|name| self.device(name).ok()).collect()
     }
 
     /// Changes where a VM is on its way, durably.

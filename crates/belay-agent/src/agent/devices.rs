@@ -310,7 +310,7 @@ impl Agent {
         let _ = device.stopped().await;
         let mut devices = self.devices.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // It may have been started anew meanwhile.
-        if devices.get(&name).is_some_and(|present| std::ptr::eq(&raw const **present, device)) {
+        if devices.get(&name).is_some_and(|present| std::ptr::eq(Arc::as_ptr(present), device)) {
             devices.remove(&name);
             let _ = std::fs::remove_file(self.config.device_socket(&name));
         }

@@ -480,8 +480,6 @@ impl Agent {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write as _;
-
     use super::*;
     use crate::testing::{agent, identity};
 
@@ -524,10 +522,7 @@ mod tests {
     #[tokio::test]
     async fn disk_that_could_not_come_for_its_small_blocks_is_refused_before() {
         let Some(disk) = LargeSectors::mount() else {
-            let _ = writeln!(
-                std::io::stderr(),
-                "skipped disk_that_could_not_come_for_its_small_blocks_is_refused_before: no disk of large sectors can be made here"
-            );
+            belay_e2e::skip("no disk of large sectors can be made here");
             return;
         };
         let folder = tempfile::tempdir().unwrap();

@@ -328,18 +328,23 @@ fn guest_that_was_reset_at_the_source_starts_afresh_at_the_destination() {
     guest.verify();
 }
 
-#[test]
-fn crash_of_the_backing_before_the_return_is_durable_lets_the_return_happen_later() {
-    let net = Net::new();
-    let (id, mut a, mut guest) = start(&net, 500, 22);
-    let mut b = leave(&net, &id, 1, &mut a, &mut guest);
-    offer_home(&mut a, &mut b);
+/// A guest goes home with requests in flight. Its return is not durable until somebody says so.
+fn go_home_until_returning(net: &Net, a: &mut Host, b: &mut Host, guest: &mut Guest) {
+    offer_home(a, b);
     a.auto_grant = false;
     guest.run(50, 16);
     guest.fill(16);
     guest.stop();
     guest.migrate_to(&net.path("a.sock"));
-    wait_for(&mut a, &mut b, "Returning");
+    wait_for(a, b, "Returning");
+}
+
+#[test]
+fn crash_of_the_backing_before_the_return_is_durable_lets_the_return_happen_later() {
+    let net = Net::new();
+    let (id, mut a, mut guest) = start(&net, 500, 22);
+    let mut b = leave(&net, &id, 1, &mut a, &mut guest);
+    go_home_until_returning(&net, &mut a, &mut b, &mut guest);
     a.kill();
     let mut a = backing(&net, &id, 2, lent(), 500);
     b.peer(&a);
@@ -357,13 +362,7 @@ fn crash_of_both_before_the_return_is_durable_completes_what_was_in_flight_from_
     let net = Net::new();
     let (id, mut a, mut guest) = start(&net, 20_000, 25);
     let mut b = leave(&net, &id, 1, &mut a, &mut guest);
-    offer_home(&mut a, &mut b);
-    a.auto_grant = false;
-    guest.run(50, 16);
-    guest.fill(16);
-    guest.stop();
-    guest.migrate_to(&net.path("a.sock"));
-    wait_for(&mut a, &mut b, "Returning");
+    go_home_until_returning(&net, &mut a, &mut b, &mut guest);
     let list = b.listed.take().unwrap();
     assert!(!list.requests.is_empty());
     a.kill();
@@ -385,13 +384,7 @@ fn crash_of_the_backing_after_the_return_is_durable_keeps_it() {
     let net = Net::new();
     let (id, mut a, mut guest) = start(&net, 500, 23);
     let mut b = leave(&net, &id, 1, &mut a, &mut guest);
-    offer_home(&mut a, &mut b);
-    a.auto_grant = false;
-    guest.run(50, 16);
-    guest.fill(16);
-    guest.stop();
-    guest.migrate_to(&net.path("a.sock"));
-    wait_for(&mut a, &mut b, "Returning");
+    go_home_until_returning(&net, &mut a, &mut b, &mut guest);
     a.kill();
     let mut a = backing(&net, &id, 3, Role::Local, 500);
     b.peer(&a);

@@ -1,6 +1,5 @@
 //! Disks of 4096-byte sectors: a loop device stands for one. Needs root and `losetup`; skipped without.
 
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -45,10 +44,7 @@ fn disk_of_large_sectors_serves_large_blocks_and_small_ones_through_the_page_cac
     let file = folder.path().join("disk.img");
     std::fs::File::create(&file).unwrap().set_len(1 << 20).unwrap();
     let Some(disk) = Loop::new(&file) else {
-        let _ = writeln!(
-            std::io::stderr(),
-            "skipped disk_of_large_sectors_serves_large_blocks_and_small_ones_through_the_page_cache: no loop device can be made here"
-        );
+        belay_e2e::skip("no loop device can be made here");
         return;
     };
     let direct = open(&disk.path, true);

@@ -20,6 +20,8 @@ pub use peer::{Line, Peer};
 pub use process::Background;
 pub use qmp::Qmp;
 
+use std::fmt::Display;
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -45,6 +47,13 @@ pub fn until<T>(what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Resu
         }
         std::thread::sleep(LOOK_EVERY);
     }
+}
+
+/// Says that the test that runs is skipped, by its name, and why.
+pub fn skip(reason: impl Display) {
+    let thread = std::thread::current();
+    // The harness names its threads after the tests, and hides what a test that passes has printed: not this.
+    let _ = writeln!(std::io::stderr(), "skipped {}: {reason}", thread.name().unwrap_or("a test"));
 }
 
 /// Why there can be no VM here, if there can be none.

@@ -6,7 +6,6 @@
 use belay_probe::disk;
 use belay_vmm::Qemu;
 use serde_json::Value;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -17,21 +16,17 @@ const LIMIT: Duration = Duration::from_secs(120);
 const REGION_MIB: u64 = 8;
 
 /// QEMU and the guest's directory, or the printed reason why the test is skipped.
-async fn prepared(test: &str) -> Option<(Qemu, PathBuf)> {
+async fn prepared() -> Option<(Qemu, PathBuf)> {
     let dir = std::env::var_os("BELAY_GUEST")
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.cache/guest"), PathBuf::from);
     if !dir.join("initrd.img").is_file() {
-        let _ = writeln!(
-            std::io::stderr(),
-            "skipped {test}: no guest in {}; run scripts/guest-image",
-            dir.display()
-        );
+        belay_e2e::skip(format!("no guest in {}; run scripts/guest-image", dir.display()));
         return None;
     }
     match Qemu::find(None).await {
         Ok(qemu) => Some((qemu, dir)),
         Err(reason) => {
-            let _ = writeln!(std::io::stderr(), "skipped {test}: {reason}");
+            belay_e2e::skip(reason);
             None
         }
     }
@@ -123,7 +118,7 @@ impl Guest {
 
 #[tokio::test]
 async fn linux_guest_does_verified_disk_io() {
-    let Some((qemu, guest)) = prepared("linux_guest_does_verified_disk_io").await else { return };
+    let Some((qemu, guest)) = prepared().await else { return };
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("disk.img");
     std::fs::File::create(&image).unwrap().set_len(32 << 20).unwrap();
@@ -137,17 +132,14 @@ async fn linux_guest_does_verified_disk_io() {
 
 #[tokio::test]
 async fn linux_guest_does_verified_io_on_ext4() {
-    let Some((qemu, guest)) = prepared("linux_guest_does_verified_io_on_ext4").await else { return };
+    let Some((qemu, guest)) = prepared().await else { return };
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("disk.img");
     std::fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
     let made = std::process::Command::new("mkfs.ext4").env("PATH", path).arg("-q").arg(&image).status();
     if !made.is_ok_and(|status| status.success()) {
-        let _ = writeln!(
-            std::io::stderr(),
-            "skipped linux_guest_does_verified_io_on_ext4: no mkfs.ext4; run scripts/setup"
-        );
+        belay_e2e::skip("no mkfs.ext4; run scripts/setup");
         return;
     }
     Guest::boot(&qemu, &guest, &image, "files /mnt --threads 4 --files 16").exercise().await;

@@ -2,18 +2,17 @@
 
 use belay_vmm::spec::AccelChoice;
 use belay_vmm::{Accel, Capability, MachineInfo, Phase, Qemu, Qmp, QmpError, Side, Tracker, VmmProcess};
-use std::io::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// The QEMU to test with, or the printed reason why the test is skipped.
-async fn qemu(test: &str) -> Option<Qemu> {
+async fn qemu() -> Option<Qemu> {
     match Qemu::find(None).await {
         Ok(qemu) => Some(qemu),
         Err(reason) => {
-            let _ = writeln!(std::io::stderr(), "skipped {test}: {reason}");
+            belay_e2e::skip(reason);
             None
         }
     }
@@ -81,7 +80,7 @@ fn follow(
 
 #[tokio::test]
 async fn machines_by_help_and_by_qmp_agree() {
-    let Some(qemu) = qemu("machines_by_help_and_by_qmp_agree").await else { return };
+    let Some(qemu) = qemu().await else { return };
     let dir = tempfile::tempdir().unwrap();
     let vm = Vm::start(&qemu, dir.path(), "a", false).await;
     let find =
@@ -95,7 +94,7 @@ async fn machines_by_help_and_by_qmp_agree() {
 
 #[tokio::test]
 async fn commands_fail_with_class_and_the_connection_lives_on() {
-    let Some(qemu) = qemu("commands_fail_with_class_and_the_connection_lives_on").await else { return };
+    let Some(qemu) = qemu().await else { return };
     let dir = tempfile::tempdir().unwrap();
     let vm = Vm::start(&qemu, dir.path(), "a", false).await;
     let error = vm.qmp.execute("no-such-thing", serde_json::json!({})).await.unwrap_err();
@@ -117,7 +116,7 @@ async fn commands_fail_with_class_and_the_connection_lives_on() {
 
 #[tokio::test]
 async fn migration_goes_through_its_phases() {
-    let Some(qemu) = qemu("migration_goes_through_its_phases").await else { return };
+    let Some(qemu) = qemu().await else { return };
     let dir = tempfile::tempdir().unwrap();
     let source = Vm::start(&qemu, dir.path(), "a", false).await;
     let destination = Vm::start(&qemu, dir.path(), "b", true).await;
@@ -157,7 +156,7 @@ async fn migration_goes_through_its_phases() {
 
 #[tokio::test]
 async fn cancel_in_pre_switchover_gives_the_guest_back() {
-    let Some(qemu) = qemu("cancel_in_pre_switchover_gives_the_guest_back").await else { return };
+    let Some(qemu) = qemu().await else { return };
     let dir = tempfile::tempdir().unwrap();
     let source = Vm::start(&qemu, dir.path(), "a", false).await;
     let destination = Vm::start(&qemu, dir.path(), "b", true).await;
@@ -182,7 +181,7 @@ async fn cancel_in_pre_switchover_gives_the_guest_back() {
 
 #[tokio::test]
 async fn migration_to_nowhere_fails_with_a_reason() {
-    let Some(qemu) = qemu("migration_to_nowhere_fails_with_a_reason").await else { return };
+    let Some(qemu) = qemu().await else { return };
     let dir = tempfile::tempdir().unwrap();
     let source = Vm::start(&qemu, dir.path(), "a", false).await;
     source.qmp.set_capabilities(&[(Capability::Events, true)]).await.unwrap();
@@ -201,7 +200,7 @@ async fn migration_to_nowhere_fails_with_a_reason() {
 
 #[tokio::test]
 async fn vmm_is_found_again_by_identity_only() {
-    let Some(qemu) = qemu("vmm_is_found_again_by_identity_only").await else { return };
+    let Some(qemu) = qemu().await else { return };
     let dir = tempfile::tempdir().unwrap();
     let vm = Vm::start(&qemu, dir.path(), "a", false).await;
     let id = vm.process.id();
@@ -220,7 +219,7 @@ async fn vmm_is_found_again_by_identity_only() {
 
 #[tokio::test]
 async fn wrong_argument_is_told_by_the_log() {
-    let Some(qemu) = qemu("wrong_argument_is_told_by_the_log").await else { return };
+    let Some(qemu) = qemu().await else { return };
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("log");
     let process = VmmProcess::start(&qemu.path, &["-nonsense".into()], &log).unwrap();
@@ -231,13 +230,13 @@ async fn wrong_argument_is_told_by_the_log() {
 
 #[tokio::test]
 async fn boot_sector_guest_does_verified_io() {
-    let Some(qemu) = qemu("boot_sector_guest_does_verified_io").await else { return };
+    let Some(qemu) = qemu().await else { return };
     qemu.try_boot_sector(Accel::Tcg).await.unwrap();
 }
 
 #[tokio::test]
 async fn accelerator_is_chosen_by_trial() {
-    let Some(qemu) = qemu("accelerator_is_chosen_by_trial").await else { return };
+    let Some(qemu) = qemu().await else { return };
     // A kernel that cannot boot must make the trial fail, whatever /dev/kvm is.
     let tried = qemu.try_kvm(Some(Path::new("/dev/null"))).await;
     assert!(tried.is_err());

@@ -3,7 +3,6 @@
 
 use belay_probe::boot;
 use belay_vmm::{Accel, DiskPlug, Qemu, QemuCommand, Qmp, VmSpec, VmmProcess};
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::io::AsyncReadExt;
@@ -109,10 +108,9 @@ async fn start(qemu: &Qemu, dir: &Path, disk: &Path) -> Vm {
 
 #[tokio::test]
 async fn guest_survives_a_restart_of_its_backend() {
-    let test = "guest_survives_a_restart_of_its_backend";
     let qemu = match Qemu::find(None).await {
         Ok(qemu) => qemu,
-        Err(reason) => return drop(writeln!(std::io::stderr(), "skipped {test}: {reason}")),
+        Err(reason) => return belay_e2e::skip(reason),
     };
     let dir = tempfile::tempdir().unwrap();
     let (image, socket) = (dir.path().join("image"), dir.path().join("disk0"));
@@ -121,7 +119,7 @@ async fn guest_survives_a_restart_of_its_backend() {
     let backend = match Backend::start(&image, &socket).await {
         Ok(backend) => backend,
         Err(error) => {
-            return drop(writeln!(std::io::stderr(), "skipped {test}: qemu-storage-daemon: {error}"));
+            return belay_e2e::skip(format!("qemu-storage-daemon: {error}"));
         }
     };
     let mut vm = start(&qemu, dir.path(), &socket).await;

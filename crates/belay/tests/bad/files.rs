@@ -57,10 +57,7 @@ fn file_that_cannot_be_a_disk_is_refused_with_what_to_do() {
 #[test]
 fn file_that_may_not_be_written_is_a_disk_only_if_it_is_read_only() {
     if rustix::process::geteuid().is_root() {
-        let _ = writeln!(
-            std::io::stderr(),
-            "skipped file_that_may_not_be_written_is_a_disk_only_if_it_is_read_only: root may write to everything"
-        );
+        belay_e2e::skip("root may write to everything");
         return;
     }
     with_bed(|bed| {

@@ -5,7 +5,7 @@ use belay_e2e::{Bed, until};
 use serde_json::json;
 
 use super::boot::{DELAY, still_at_source};
-use super::{migrate, with_bed};
+use super::{hold_before_switchover, migrate, with_bed};
 
 #[test]
 fn killed_agent_comes_back_to_a_guest_that_only_waited() {
@@ -239,10 +239,7 @@ fn destination_agent_that_was_away_when_the_migration_was_taken_back_does_not_wa
     with_bed(|bed| {
         let guest = bed.a.run_boot_guest("vm", "20ms")?;
         guest.goes_on(&bed.a, 2)?;
-        let mut qmp = bed.a.qmp(&guest.vm)?;
-        qmp.pause_before_switchover(true)?;
-        let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name])?;
-        qmp.wait_pre_switchover()?;
+        let (_qmp, command) = hold_before_switchover(&bed.a, &bed.b, &guest.vm, &[])?;
         bed.b.kill_agent()?;
         let output = command.wait()?;
         anyhow::ensure!(!output.status.success(), "{output:?}");

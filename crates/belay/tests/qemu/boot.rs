@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use belay_e2e::{Background, Bed, BootGuest, Host, until};
 use rustix::process::Signal;
 
-use super::{in_flight, migrate, with_bed};
+use super::{hold_before_switchover, in_flight, migrate, with_bed};
 
 /// So long does each request take: far longer than the guest's own work between two of them, so that nearly always
 /// one is in flight.
@@ -33,10 +33,7 @@ fn migration_aborted_before_the_switchover_leaves_the_guest_and_its_request_at_t
     with_bed(|bed| {
         let guest = bed.a.run_boot_guest("vm", DELAY)?;
         guest.goes_on(&bed.a, 2)?;
-        let mut qmp = bed.a.qmp(&guest.vm)?;
-        qmp.pause_before_switchover(true)?;
-        let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name])?;
-        qmp.wait_pre_switchover()?;
+        let (mut qmp, command) = hold_before_switchover(&bed.a, &bed.b, &guest.vm, &[])?;
         // The rings have stopped: the guest's request is on the list that the other host has.
         bed.a.wait_device(&guest.disk, "parked")?;
         command.signal(Signal::INT)?;
@@ -91,10 +88,7 @@ fn destination_vmm_killed_before_the_switchover_leaves_the_guest_at_the_source()
     with_bed(|bed| {
         let guest = bed.a.run_boot_guest("vm", DELAY)?;
         guest.goes_on(&bed.a, 2)?;
-        let mut qmp = bed.a.qmp(&guest.vm)?;
-        qmp.pause_before_switchover(true)?;
-        let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name])?;
-        qmp.wait_pre_switchover()?;
+        let (mut qmp, command) = hold_before_switchover(&bed.a, &bed.b, &guest.vm, &[])?;
         bed.b.kill_vm(&guest.vm)?;
         qmp.continue_migration()?;
         let output = command.wait()?;
@@ -125,7 +119,7 @@ fn accelerator_is_chosen_where_the_vm_starts_and_not_tried_again_while_it_migrat
         let guest = bed.a.run_boot_guest_with("vm", "2ms", "accel = \"auto\"")?;
         if bed.a.log().contains("started, kvm,") {
             // Where KVM half works, a trial may succeed on one host and time out on the other.
-            super::skip("KVM runs a guest in one sector here");
+            belay_e2e::skip("KVM runs a guest in one sector here");
             return Ok(());
         }
         guest.goes_on(&bed.a, 2)?;
@@ -185,7 +179,7 @@ fn device_that_is_still_on_its_way_is_not_forgotten_where_its_data_is() {
 #[test]
 fn vm_of_an_unprivileged_user_has_its_disk_again_after_a_restart_of_the_agent_and_migrates() {
     if !rustix::process::geteuid().is_root() {
-        super::skip("only root can let QEMU run as another user");
+        belay_e2e::skip("only root can let QEMU run as another user");
         return;
     }
     with_bed(|bed| {

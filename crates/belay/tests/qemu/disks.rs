@@ -7,7 +7,7 @@ use belay_e2e::{Bed, BootGuest, Host, until};
 use rustix::process::Signal;
 
 use super::boot::DELAY;
-use super::{in_flight, migrate, with_bed};
+use super::{hold_before_switchover, in_flight, migrate, with_bed};
 
 const SECOND: &str = "second";
 
@@ -65,10 +65,7 @@ fn two_disks_that_stay_are_come_home_to() {
 fn two_disks_whose_migration_is_aborted_stay() {
     with_bed(|bed| {
         let guest = run(bed, DELAY)?;
-        let mut qmp = bed.a.qmp(&guest.vm)?;
-        qmp.pause_before_switchover(true)?;
-        let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name])?;
-        qmp.wait_pre_switchover()?;
+        let (mut qmp, command) = hold_before_switchover(&bed.a, &bed.b, &guest.vm, &[])?;
         wait_both(&bed.a, &guest, "parked")?;
         // One of them cannot be taken out of the migration.
         let withdrawn = bed.a.spawn(&["device", "withdraw", SECOND])?.wait()?;
@@ -123,12 +120,9 @@ fn fault_behind_the_switchover(bed: &mut Bed, disks: Disks, fault: Fault) -> Res
         std::mem::swap(&mut bed.a, &mut bed.b);
         guest.goes_on(&bed.a, 4)?;
     }
-    let mut qmp = bed.a.qmp(&guest.vm)?;
-    qmp.pause_before_switchover(true)?;
     let grants = |host: &Host| host.log().matches("claimed it with").count();
     let granted_before = grants(&bed.a);
-    let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name, "--no-wait"])?;
-    qmp.wait_pre_switchover()?;
+    let (mut qmp, command) = hold_before_switchover(&bed.a, &bed.b, &guest.vm, &["--no-wait"])?;
     qmp.continue_migration()?;
     match fault {
         Fault::SourceAgent => bed.a.kill_agent()?,
@@ -218,10 +212,7 @@ faults! {
 fn source_vmm_killed_before_the_switchover_leaves_the_disks_and_nothing_at_the_destination() {
     with_bed(|bed| {
         let guest = run(bed, "20ms")?;
-        let mut qmp = bed.a.qmp(&guest.vm)?;
-        qmp.pause_before_switchover(true)?;
-        let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name])?;
-        qmp.wait_pre_switchover()?;
+        let (_qmp, command) = hold_before_switchover(&bed.a, &bed.b, &guest.vm, &[])?;
         bed.a.kill_vm(&guest.vm)?;
         let output = command.wait()?;
         ensure!(output.status.code() == Some(1), "{output:?}");
@@ -237,10 +228,7 @@ fn source_vmm_killed_before_the_switchover_leaves_the_disks_and_nothing_at_the_d
 fn source_vmm_killed_behind_the_switchover_leaves_the_disks_where_the_vm_is() {
     with_bed(|bed| {
         let guest = run(bed, "20ms")?;
-        let mut qmp = bed.a.qmp(&guest.vm)?;
-        qmp.pause_before_switchover(true)?;
-        let command = bed.a.spawn(&["migrate", &guest.vm, bed.b.name])?;
-        qmp.wait_pre_switchover()?;
+        let (mut qmp, command) = hold_before_switchover(&bed.a, &bed.b, &guest.vm, &[])?;
         qmp.continue_migration()?;
         // It may have ended by itself.
         drop(bed.a.kill_vm(&guest.vm));

@@ -3,7 +3,7 @@
 use rustix::process::Signal;
 
 use super::boot::DELAY;
-use super::{in_flight, migrate, with_bed};
+use super::{hold_before_switchover, in_flight, migrate, with_bed};
 
 #[test]
 fn guest_goes_and_comes_home_to_its_disk_with_requests_in_flight() {
@@ -30,10 +30,7 @@ fn guest_whose_return_is_aborted_goes_on_where_it_is_and_comes_home_later() {
         guest.goes_on(&bed.a, 2)?;
         migrate(&bed.a, &bed.b, &guest.vm, &["--mode", "stay"])?;
         guest.goes_on(&bed.b, 2)?;
-        let mut qmp = bed.b.qmp(&guest.vm)?;
-        qmp.pause_before_switchover(true)?;
-        let command = bed.b.spawn(&["migrate", &guest.vm, bed.a.name, "--mode", "stay"])?;
-        qmp.wait_pre_switchover()?;
+        let (mut qmp, command) = hold_before_switchover(&bed.b, &bed.a, &guest.vm, &["--mode", "stay"])?;
         bed.b.wait_device(&guest.disk, "parked")?;
         command.signal(Signal::INT)?;
         let output = command.wait()?;

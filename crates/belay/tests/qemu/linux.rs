@@ -5,7 +5,7 @@ use belay_e2e::{Background, Bed, Host, LinuxGuest, LinuxOptions, Qmp, until};
 use rustix::process::Signal;
 use serde_json::json;
 
-use super::{in_flight, migrate, skip, with_bed};
+use super::{in_flight, migrate, with_bed};
 
 /// Round trips within which requests have to be in flight.
 const TRIES: usize = 6;
@@ -13,7 +13,7 @@ const TRIES: usize = 6;
 /// Runs a test with a Linux guest on the first host, its load under way.
 fn with_linux(options: LinuxOptions, test: impl FnOnce(&mut Bed, &LinuxGuest) -> Result<()>) {
     if let Err(reason) = belay_e2e::linux_guest() {
-        skip(&reason.to_string());
+        belay_e2e::skip(reason);
         return;
     }
     with_bed(|bed| {

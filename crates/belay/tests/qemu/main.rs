@@ -13,17 +13,16 @@ mod linux;
 mod stops;
 mod third;
 
-use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
-use belay_e2e::{Bed, Host};
+use belay_e2e::{Background, Bed, Host, Qmp};
 use serde_json::Value;
 
 /// Runs a test on two hosts, and tells what the agents say if it fails. Skipped, with the reason, without QEMU.
 fn with_bed(test: impl FnOnce(&mut Bed) -> Result<()>) {
     if let Some(reason) = belay_e2e::no_qemu() {
-        skip(&reason);
+        belay_e2e::skip(reason);
         return;
     }
     let mut bed = Bed::start(Path::new(env!("CARGO_BIN_EXE_belay"))).expect("two hosts");
@@ -32,21 +31,22 @@ fn with_bed(test: impl FnOnce(&mut Bed) -> Result<()>) {
     }
 }
 
-fn skip(reason: &str) {
-    // The harness names its threads after the tests, and hides what a test that passes has printed: not this.
-    let _ = writeln!(
-        std::io::stderr(),
-        "skipped {}: {reason}",
-        std::thread::current().name().unwrap_or("a test")
-    );
-}
-
 /// Migrates with `belay migrate`, which waits for the disk, and returns the operation.
 fn migrate(from: &Host, to: &Host, vm: &str, more: &[&str]) -> Result<Value> {
     let operation = from.json(&[&["migrate", vm, to.name], more].concat())?;
     ensure!(operation["state"] == "done", "the migration ended as {operation}");
     from.wait_vm_gone(vm)?;
     Ok(operation)
+}
+
+/// Begins a migration that waits right before the switchover: the rings have stopped, nobody lets go of the VM but who has
+/// this QMP connection.
+fn hold_before_switchover(from: &Host, to: &Host, vm: &str, more: &[&str]) -> Result<(Qmp, Background)> {
+    let mut qmp = from.qmp(vm)?;
+    qmp.pause_before_switchover(true)?;
+    let command = from.spawn(&[&["migrate", vm, to.name], more].concat())?;
+    qmp.wait_pre_switchover()?;
+    Ok((qmp, command))
 }
 
 fn in_flight(operation: &Value) -> u64 {

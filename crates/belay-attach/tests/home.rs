@@ -455,6 +455,17 @@ fn restart_without_a_link(net: &Net, id: &DeviceIdentity, mut b: Host, guest: &m
     b
 }
 
+/// The guest gets more done, all of it right, while both hosts answer.
+fn go_on(a: &mut Host, b: &mut Host, guest: &mut Guest) {
+    let target = guest.completed + 32;
+    guest.run_until(16, |guest| {
+        a.pump();
+        b.pump();
+        guest.completed > target
+    });
+    guest.verify();
+}
+
 /// Such a guest is stopped, and tries to go home when there is a link again. It has to stay.
 fn try_to_go_home(net: &Net, a: &mut Host, b: &mut Host, guest: &mut Guest) {
     guest.stop();
@@ -466,13 +477,7 @@ fn try_to_go_home(net: &Net, a: &mut Host, b: &mut Host, guest: &mut Guest) {
     assert!(!a.has_seen("Returning"));
     drop(guest.leave());
     assert!(guest.go_back(left));
-    let target = guest.completed + 32;
-    guest.run_until(16, |guest| {
-        a.pump();
-        b.pump();
-        guest.completed > target
-    });
-    guest.verify();
+    go_on(a, b, guest);
 }
 
 /// Found with random schedules of the machines: such rings, stopped meanwhile, seemed to have nothing in flight, and the
@@ -513,12 +518,6 @@ fn guest_whose_rings_have_not_run_since_a_restart_is_paused_and_goes_on_with_its
     guest.stop();
     guest.start();
     b.peer(&a);
-    let target = guest.completed + 32;
-    guest.run_until(16, |guest| {
-        a.pump();
-        b.pump();
-        guest.completed > target
-    });
-    guest.verify();
+    go_on(&mut a, &mut b, &mut guest);
     assert_eq!(guest.raw.len(), 1, "answered twice");
 }
